@@ -1,0 +1,50 @@
+"""neurograft moves trained slices of decoder-only language models between compatible models."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from neurograft.compat import check as check
+    from neurograft.demonstration import demo as demo
+    from neurograft.disk import extract as extract
+    from neurograft.disk import remove as remove
+    from neurograft.disk import transplant as transplant
+    from neurograft.evaluation import evaluate as evaluate
+    from neurograft.organ import Organ as Organ
+    from neurograft.organ import read_manifest as inspect  # noqa: F401
+    from neurograft.surgery import attach as attach
+    from neurograft.surgery import detach as detach
+    from neurograft.surgery import graft as graft
+    from neurograft.training import train as train
+
+# Loaded at first use: torch and transformers take seconds to import, and `neurograft --help` must not.
+_HOMES = {
+    "Organ": "organ:Organ",
+    "attach": "surgery:attach",
+    "check": "compat:check",
+    "demo": "demonstration:demo",
+    "detach": "surgery:detach",
+    "evaluate": "evaluation:evaluate",
+    "extract": "disk:extract",
+    "graft": "surgery:graft",
+    "inspect": "organ:read_manifest",
+    "remove": "disk:remove",
+    "train": "training:train",
+    "transplant": "disk:transplant",
+}
+__all__ = [*sorted(_HOMES), "__version__"]  # pyright: ignore
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module neurograft has no attribute {name}")
+    module, _, attribute = _HOMES[name].partition(":")
+    return getattr(importlib.import_module(f"neurograft.{module}"), attribute)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,430 @@
+"""The command line: each command parses, calls the public function of the same name, and prints.
+
+torch and everything that imports it are imported inside the commands, so that `neurograft --help` is instant.
+"""
+
+from __future__ import annotations
+
+import inspect as introspection
+import json
+import logging
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from neurograft import __version__
+from neurograft.errors import NeurograftError, UsageError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from rich.console import RenderableType
+    from rich.status import Status
+
+EXIT_NO = 1  # the verdict is no: an organ that does not fit, a gate that does not hold
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="neurograft",
+    help="Move trained slices of language models between compatible models.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hub id, a transformers directory or a .gguf file.")]
+Recipient = Annotated[
+    str, typer.Argument(metavar="RECIPIENT", help="A Hub id, a transformers directory or a .gguf file.")
+]
+OrganFile = Annotated[Path, typer.Argument(metavar="ORGAN", help="An organ file (.safetensors).")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on standard output.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
+RemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that lies beside the model's weights.")
+]
+At = Annotated[
+    int | None,
+    typer.Option("--at", help="Position: how many recipient layers stand before the organ, from 0."),
+]
+ModeOption = Annotated[
+    Literal["replace", "insert"] | None,
+    typer.Option("--mode", help="What the organ recommends, if left out."),
+]
+TextColumn = Annotated[str, typer.Option("--text-column", help="Column that holds the text, in tables.")]
+Separator = Annotated[
+    str | None,
+    typer.Option("--document-separator", help="What separates documents in .txt files [default: blank lines]."),
+]
+Encoding = Annotated[str, typer.Option("--encoding", help="Encoding of text files.")]
+
+
+class _Screen:
+    """Where results and progress go: results to standard output, everything else to standard error."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        self.out = Console()
+        self.err = Console(stderr=True)
+        self.status: Status | None = None
+
+    def result(
+        self, document: BaseModel | dict[str, Any], pretty: RenderableType | Callable[[], RenderableType]
+    ) -> None:
+        """Print a result, as JSON or for people."""
+        if self.as_json:
+            text = json.dumps(document) if isinstance(document, dict) else document.model_dump_json()
+            sys.stdout.write(text + "\n")
+        else:
+            self.out.print(pretty() if callable(pretty) else pretty)
+
+    def fail(self, message: str, kind: str) -> None:
+        """Print an error: one sentence on standard error, and as JSON on standard output if that was asked for."""
+        if self.as_json:
+            sys.stdout.write(json.dumps({"error": {"kind": kind, "message": message}}) + "\n")
+        self.err.print(f"error: {message}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+
+
+class _StatusHandler(logging.Handler):
+    """Show what neurograft is doing right now in the status line."""
+
+    def __init__(self, screen: _Screen) -> None:
+        super().__init__(logging.INFO)
+        self.screen = screen
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.screen.status is not None:
+            self.screen.status.update(record.getMessage())
+
+
+@contextmanager
+def _running(as_json: bool, doing: str) -> Iterator[_Screen]:
+    """Show a status line while a verb runs, and turn what it raises into one sentence and an exit status."""
+    screen = _Screen(as_json)
+    logger = logging.getLogger("neurograft")
+    handler = _StatusHandler(screen)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        with screen.err.status(doing) as screen.status:
+            yield screen
+    except NeurograftError as error:
+        screen.fail(str(error), type(error).__name__)
+        raise typer.Exit(EXIT_ERROR) from error
+    except KeyboardInterrupt:
+        screen.fail("interrupted; nothing was written.", "Interrupted")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except MemoryError as error:
+        screen.fail("the memory is full; nothing was written.", "MemoryError")
+        raise typer.Exit(EXIT_ERROR) from error
+    finally:
+        logger.removeHandler(handler)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"neurograft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def extract(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Organ file to write (.safetensors).")],
+    layers: Annotated[
+        str, typer.Option("--layers", help="START:STOP, half-open from 0, or auto: three from floor(L/3).")
+    ] = "auto",
+    name: Annotated[str | None, typer.Option("--name", help="Name of the organ.")] = None,
+    version: Annotated[str, typer.Option("--organ-version", help="Its semantic version.")] = "0.1.0",
+    license: Annotated[str | None, typer.Option("--license", help="Its licence, such as Apache-2.0.")] = None,
+    description: Annotated[str | None, typer.Option("--description", help="One line about it.")] = None,
+    overwrite: Overwrite = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Take a contiguous range of decoder layers out of a model, as one organ file."""
+    with _running(as_json, "reading the model") as screen:
+        from neurograft import disk, render
+
+        organ = disk.extract(
+            model,
+            layers=layers,
+            output=output,
+            name=name,
+            version=version,
+            license=license,
+            description=description,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+        )
+        screen.result(organ.manifest, lambda: render.manifest(organ.manifest, output.stat().st_size))
+
+
+def _with_training_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace `**options` by an option for each field of `TrainingOptions`, where names, defaults and help stand."""
+    from neurograft.training import TrainingOptions
+
+    own = introspection.signature(command, eval_str=True)
+    parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    for name, field in TrainingOptions.model_fields.items():
+        default = "" if field.default is None else f" [default: {field.default}]"
+        annotation: Any = field.annotation
+        optional = annotation if field.default is None else annotation | None
+        text = " ".join((field.description or "").replace("`", "").split())
+        option = typer.Option(f"--{name.replace('_', '-')}", help=text + default, show_default=False)
+        parameters.append(
+            introspection.Parameter(
+                name,
+                introspection.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[optional, option],
+            )
+        )
+    command.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+@app.command()
+@_with_training_options
+def train(
+    organ: OrganFile,
+    host: Annotated[str, typer.Option("--host", metavar="MODEL", help="The frozen model around the organ.")],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            "--data",
+            metavar="PATH",
+            help="Domain text: .txt, .jsonl, .json(.gz/.zst), .parquet, a folder, a Hub dataset. Repeatable.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Trained organ file to write (.safetensors).")],
+    eval_data: Annotated[
+        list[str] | None,
+        typer.Option("--eval-data", metavar="PATH", help="Held-out text; else a share of the documents."),
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the trained organ.")] = None,
+    version: Annotated[str | None, typer.Option("--organ-version", help="Its semantic version.")] = None,
+    text_column: TextColumn = "text",
+    document_separator: Separator = None,
+    encoding: Encoding = "utf-8",
+    overwrite: Overwrite = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+    **options: Any,
+) -> None:
+    """Train an organ on domain text inside a frozen host."""
+    with _running(as_json, "reading the organ") as screen:
+        from neurograft import render, training
+
+        with _training_display(screen) as progress:
+            trained = training.train(
+                organ,
+                host=host,
+                data=data,
+                output=output,
+                eval_data=eval_data or None,
+                name=name,
+                version=version,
+                text_column=text_column,
+                document_separator=document_separator,
+                encoding=encoding,
+                overwrite=overwrite,
+                trust_remote_code=trust_remote_code,
+                progress=progress,
+                **options,
+            )
+        screen.result(trained.manifest, lambda: render.manifest(trained.manifest, output.stat().st_size))
+
+
+@contextmanager
+def _training_display(screen: _Screen) -> Iterator[Callable[[Any], None]]:
+    """Yield a callback that shows a training run's progress in the status line."""
+    from neurograft.progress import training_line
+
+    def show(progress: Any) -> None:
+        if screen.status is not None:
+            screen.status.update(training_line(progress))
+
+    yield show
+
+
+@app.command()
+def inspect(organ: OrganFile, as_json: AsJson = False) -> None:
+    """Show an organ's manifest, after checking the file's digest."""
+    with _running(as_json, "reading the organ") as screen:
+        from neurograft import render
+        from neurograft.organ import read_manifest
+
+        manifest = read_manifest(organ)
+        screen.result(manifest, lambda: render.manifest(manifest, organ.stat().st_size))
+
+
+@app.command()
+def check(
+    organ: OrganFile,
+    recipient: Recipient,
+    at: At = None,
+    mode: ModeOption = None,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say whether an organ fits a recipient, and where; exit status 1 if something blocks."""
+    with _running(as_json, "reading the organ") as screen:
+        from neurograft import compat, render
+
+        report = compat.check(organ, recipient, at=at, mode=mode, trust_remote_code=trust_remote_code)
+        document = {**report.model_dump(mode="json"), "blocked": report.blocked}
+        screen.result(document, lambda: render.check_report(report))
+    if report.blocked:
+        raise typer.Exit(EXIT_NO)
+
+
+@app.command()
+def transplant(
+    organ: OrganFile,
+    recipient: Recipient,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Model directory to write.")],
+    at: At = None,
+    mode: ModeOption = None,
+    overwrite: Overwrite = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Put an organ into a copy of a recipient: a new plain transformers directory."""
+    with _running(as_json, "reading the organ") as screen:
+        from neurograft import disk, render
+
+        record = disk.transplant(
+            organ,
+            recipient,
+            at=at,
+            mode=mode,
+            output=output,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+        )
+        screen.result(record, lambda: render.record(record, str(output)))
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Annotated[
+        list[str], typer.Option("--data", metavar="NAME=PATH", help="A data set and its name. Repeatable.")
+    ],
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", metavar="MODEL", help="A model to stand beside it.")
+    ] = None,
+    gate: Annotated[
+        list[str] | None,
+        typer.Option("--gate", help="Such as 'domain<=0.9*baseline'; exit status 1 if one fails. Repeatable."),
+    ] = None,
+    sequence_length: Annotated[int, typer.Option("--sequence-length", min=2, help="Tokens in a window.")] = 512,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Windows in a forward pass.")] = 8,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", min=1, help="At most this many tokens of each data set.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the bootstrap.")] = 0,
+    text_column: TextColumn = "text",
+    document_separator: Separator = None,
+    encoding: Encoding = "utf-8",
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure perplexity on named data sets, beside a baseline, and hold it against gates."""
+    with _running(as_json, "reading the text") as screen:
+        from neurograft import evaluation, render
+        from neurograft.progress import evaluation_line
+
+        def show(done: int, total: int) -> None:
+            if screen.status is not None:
+                screen.status.update(evaluation_line(done, total))
+
+        report = evaluation.evaluate(
+            model,
+            data=evaluation.parse_data_arguments(data),
+            baseline=baseline,
+            gates=gate or [],
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            seed=seed,
+            text_column=text_column,
+            document_separator=document_separator,
+            encoding=encoding,
+            trust_remote_code=trust_remote_code,
+            progress=show,
+        )
+        screen.result(report, lambda: render.evaluation(report))
+    if report.passed is False:
+        raise typer.Exit(EXIT_NO)
+
+
+@app.command()
+def remove(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A model directory that transplant wrote.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Model directory to write.")],
+    organ: Annotated[
+        str | None, typer.Option("--organ", metavar="NAME", help="Which organ, if there are several.")
+    ] = None,
+    overwrite: Overwrite = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Take an organ out again, and prove by digest that the original is back."""
+    with _running(as_json, "reading the model") as screen:
+        from neurograft import disk, render
+
+        if not directory.is_dir():
+            raise UsageError(f"{directory} is no directory; give the one that transplant wrote.")
+        result = disk.remove(
+            directory, organ=organ, output=output, overwrite=overwrite, trust_remote_code=trust_remote_code
+        )
+        screen.result(result, lambda: render.removal(result))
+
+
+@app.command()
+def demo(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A shorter run, under 90 seconds, with smaller gains.")
+    ] = False,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--folder", help="Where to leave the demo's files [default: a temporary folder]."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Play the whole story on a real model: a hospital trains an organ, another site tries it and removes it."""
+    with _running(as_json, "looking for the packaged model and text") as screen:
+        from neurograft import demonstration as story
+
+        report = story.demo(quick=quick, folder=folder, show=None if as_json else screen.out.print)
+        screen.result(report, lambda: story.closing_table(report))
+    if not report.passed:
+        raise typer.Exit(EXIT_NO)
+
+
+def _terminate(_signal: int, _frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Run the command line; a polite end (SIGTERM) cleans up as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, _terminate)
+    app()

@@ -1,0 +1,194 @@
+"""Writes that never leave a half, and digests of what was written."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from neurograft.errors import NeurograftError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+CHUNK_BYTES = 1 << 22
+
+
+def human_bytes(count: int) -> str:
+    """Render a number of bytes for people: `42.5 MB` (decimal units)."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+@contextmanager
+def atomic_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` to write to; on success it becomes `path`, otherwise nothing is left.
+
+    Args:
+        path: Where the finished file goes.
+        overwrite: Whether an existing file may be replaced.
+
+    Raises:
+        UsageError: `path` exists and `overwrite` is false, or its folder is missing.
+        NeurograftError: The disk is full or the folder can't be written to.
+    """
+    check_output_file(path, overwrite=overwrite)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with explained_os_errors(path):
+            yield temporary
+            fsync(temporary)
+            os.replace(temporary, path)
+            fsync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Yield a temporary sibling directory to fill; on success it becomes `path`, otherwise nothing is left.
+
+    Raises:
+        UsageError: See `check_output_directory`.
+        NeurograftError: The disk is full or the folder can't be written to.
+    """
+    check_output_directory(path, overwrite=overwrite)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with explained_os_errors(path):
+            temporary.mkdir()
+            yield temporary
+            for file in temporary.rglob("*"):
+                fsync(file)
+            fsync(temporary)
+            _swap_in(temporary, path)
+            fsync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap_in(temporary: Path, path: Path) -> None:
+    """Rename `temporary` to `path`; a directory that stood there goes only once the new one is in place."""
+    if not path.exists():
+        os.rename(temporary, path)
+        return
+    old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
+    os.rename(path, old)
+    try:
+        os.rename(temporary, path)
+    except BaseException:
+        os.rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_output_file(path: Path, *, overwrite: bool) -> None:
+    """Refuse an output file that exists (unless `overwrite`) or whose folder does not."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a directory; give the name of a file to write.")
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path} exists already; choose another name or pass --overwrite.")
+    if not path.parent.is_dir():
+        raise UsageError(f"the folder {path.parent} does not exist; create it first.")
+
+
+def check_output_directory(path: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
+    """Refuse an output directory that would overwrite what must not be overwritten.
+
+    Args:
+        path: The directory to be written.
+        overwrite: Whether an existing model directory may be replaced.
+        inputs: Files and directories that are read: the output may be none of them, hold none of them, and lie in none.
+    """
+    resolved = path.resolve()
+    for source in (item.resolve() for item in inputs):
+        if resolved == source or resolved in source.parents or source in resolved.parents:
+            raise UsageError(
+                f"the output {path} overlaps the input {source}, which must stay as it is; choose another."
+            )
+    if path.is_file():
+        raise UsageError(f"{path} is a file; give the name of a directory to write.")
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path} exists already; choose another name or pass --overwrite.")
+    if path.exists() and any(path.iterdir()) and not (path / "config.json").is_file():
+        raise UsageError(f"{path} exists and is no model directory (no config.json), so it is not overwritten.")
+    if not path.parent.is_dir():
+        raise UsageError(f"the folder {path.parent} does not exist; create it first.")
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Refuse to start a write of `needed` bytes that the disk of `folder` has no room for."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise NeurograftError(
+            f"the disk of {folder} has {human_bytes(free)} free and {human_bytes(needed)} are needed; nothing was "
+            f"written."
+        )
+
+
+@contextmanager
+def explained_os_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk, missing rights and the like while writing `path` into one sentence.
+
+    safetensors reports operating-system errors under its own exception type, with the reason in the text.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise NeurograftError(f"the disk is full: {path} was not written and nothing is left of it.") from error
+        raise NeurograftError(f"{path} could not be written: {error.strerror or error}.") from error
+    except SafetensorError as error:
+        if "No space left" in str(error):
+            raise NeurograftError(f"the disk is full: {path} was not written and nothing is left of it.") from error
+        raise
+
+
+def fsync(path: Path) -> None:
+    """Force a file or a directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, as 64 hex digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """Return the SHA-256 over dtype, shape and bytes of one tensor, as 64 hex digits."""
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    digest = hashlib.sha256(f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
+    digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+    return digest.hexdigest()
+
+
+def combine_digests(digests: Mapping[str, str]) -> str:
+    """Return one SHA-256 for named digests, independent of their order."""
+    whole = hashlib.sha256()
+    for name in sorted(digests):
+        whole.update(f"{name}\0{digests[name]}\n".encode())
+    return whole.hexdigest()
+
+
+def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return one SHA-256 for named tensors: names, dtypes, shapes and bytes, independent of their order."""
+    return combine_digests({name: tensor_digest(tensor) for name, tensor in tensors.items()})

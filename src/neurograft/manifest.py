@@ -1,0 +1,180 @@
+"""What an organ says of itself, and what a transplant says of the model that it made: the JSON schemas."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+RECORD_FILE = "neurograft.json"
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0)]
+Mode = Literal["replace", "insert"]
+Protocol = Literal["in_place", "insert", "standalone"]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
+
+
+class _Part(BaseModel):
+    """Immutable; a key that the schema does not know is an error, so that a typo can't pass."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class LayerAnatomy(_Part):
+    """Everything in the donor's configuration that the arithmetic of its layers depends on."""
+
+    model_type: str
+    """transformers' name of the architecture, such as `llama`."""
+    config: dict[str, Any]
+    """The whole configuration of the model that the layers stood in, as transformers writes it, lists explicit."""
+    first_layer: Count
+    """Number of the organ's first layer in the model that `config` describes."""
+    layer_values: list[dict[str, Any]]
+    """For each of the k layers, its row of the per-layer configuration values, such as `layer_types`."""
+    dtype: str
+    """The dtype of the organ's floating-point tensors, `float32` or the like; `mixed` if they differ."""
+
+
+class TokenizerFingerprint(_Part):
+    """Enough of a tokenizer to tell whether another one maps text to the same tokens."""
+
+    vocabulary_size: Count
+    vocabulary_digest: Digest
+    """SHA-256 over all (token, id) pairs."""
+    sample_digest: Digest
+    """SHA-256 over the token ids of a fixed sample text."""
+
+
+class Source(_Part):
+    """Where an organ's layers came from."""
+
+    model: str
+    """Hub id, or the last part of a local path; never a full path, which may say more than its owner wants."""
+    revision: str | None = None
+    layer_start: Count
+    """First layer, zero-based; the range is half-open."""
+    layer_stop: Count
+    layer_count: Count
+    """How many layers the donor has."""
+    layer_digests: list[Digest]
+    """For each of the k layers, the digest of its tensors as extracted, before any training."""
+
+
+class Training(_Part):
+    """How an organ was trained; counts and digests only, no text."""
+
+    protocol: Protocol
+    position: Count
+    """How many host layers stood before the organ while it trained."""
+    host: str
+    data_fingerprint: Digest
+    documents: Count
+    tokens_seen: Count
+    steps: Count
+    hyperparameters: dict[str, Any]
+    seed: int
+    versions: dict[str, str]
+    seconds: float
+    loss_history: list[tuple[int, float]]
+    """(optimizer step, mean training loss in nats per token since the last entry)."""
+
+
+class Evaluation(_Part):
+    """Perplexity on one data set before and after training."""
+
+    data: str
+    documents: Count
+    tokens: Count
+    before: float
+    after: float
+
+
+class Probe(_Part):
+    """What each layer answers to a fixed random hidden state: the layer's arithmetic, measured.
+
+    A recipient that computes an organ's layers in any other way (another rotary base, window, scale, index) is
+    caught by asking it the same.
+    """
+
+    seed: int
+    tokens: Count
+    """T: positions in the probe."""
+    values: list[list[list[float]]]
+    """k layers x T positions x signed sums of the output's features."""
+    dtype: str
+
+
+class Manifest(_Part):
+    """The manifest of an organ, stored as JSON in the file's header under the key `neurograft`."""
+
+    schema_version: Annotated[int, Field(ge=1)] = SCHEMA_VERSION
+    name: Name
+    version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+([-+][0-9A-Za-z.+-]+)?$")] = "0.1.0"
+    """Semantic version of the organ."""
+    license: str | None = None
+    description: str | None = None
+    created: str
+    """UTC, ISO 8601."""
+    kind: Literal["organ", "explant"] = "organ"
+    anatomy: LayerAnatomy
+    tokenizer: TokenizerFingerprint | None = None
+    source: Source
+    training: Training | None = None
+    evaluations: list[Evaluation] = []
+    recommended_mode: Mode
+    recommended_position: Count
+    probe: Probe
+    tensors_digest: Digest
+    """SHA-256 over names, dtypes, shapes and bytes of the tensors."""
+    file_digest: Digest
+    """SHA-256 over the whole file with the 64 digits of this field written as zeros."""
+
+    @property
+    def layer_count(self) -> int:
+        """k: how many layers the organ has."""
+        return len(self.anatomy.layer_values)
+
+
+class Origin(_Part):
+    """Where one layer of a transplanted model came from."""
+
+    organ: str | None
+    """Name of the organ; `None` for a layer of the original recipient."""
+    layer: Count
+    """Zero-based layer number inside the organ, or inside the original recipient."""
+    digest: Digest
+    """Digest of the layer's tensors as they are in this model."""
+
+
+class Operation(_Part):
+    """One transplant."""
+
+    organ: Name
+    organ_version: str
+    organ_file_digest: Digest
+    mode: Mode
+    position: Count
+    explant: str | None
+    """Path, relative to the model directory, of the organ file that holds what `replace` took out."""
+    explant_origins: list[Origin]
+    """Where the layers in the explant came from."""
+    when: str
+
+
+class SurgicalRecord(_Part):
+    """`neurograft.json` beside a transplanted model: what was done, and what the original was."""
+
+    schema_version: Annotated[int, Field(ge=1)] = SCHEMA_VERSION
+    neurograft_version: str
+    recipient: str
+    original_config: str
+    """The original's `config.json`, verbatim."""
+    original_tensors_digest: Digest
+    original_config_digest: Digest
+    tensors_digest: Digest
+    config_digest: Digest
+    layers: list[Origin]
+    """One entry for each layer of this model, in order."""
+    operations: list[Operation]

@@ -1,0 +1,284 @@
+"""From what a user names (a Hub id, a directory, a `.gguf` file) to a transformers directory, a model, a tokenizer."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neurograft.errors import ModelError
+from neurograft.files import atomic_directory, combine_digests, file_sha256, require_space
+from neurograft.layer_weights import quiet_transformers
+from neurograft.manifest import TokenizerFingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "tokenizer*"]
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tokenizer_config.json",
+)
+_HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?(@[\w./-]+)?$")
+# Words, numbers, cases, scripts and white space: tokenizers that agree on it map ordinary text alike.
+_SAMPLE_TEXT = (
+    "The patient's HbA1c fell from 8.25 % to 6.9 % in 2019; \tcongenital ichthyosis, naïve coöperation.\n\n"
+    "def f(x): return x**2  # ÀÉÎÕÜ Ελληνικά русский 中文 العربية हिन्दी 🧠\r\nHELLO hello Hello 1234567890"
+)
+
+
+@dataclass(frozen=True)
+class ModelDirectory:
+    """A plain transformers directory, and what the user called it."""
+
+    path: Path
+    name: str
+    """Hub id, or the last part of a local path: fit to be written into files that travel."""
+    revision: str | None = None
+    """Commit on the Hub, where it came from there."""
+    notes: tuple[str, ...] = ()
+    """What was done to get a plain directory, such as dequantising a GGUF file."""
+
+
+def cache_directory() -> Path:
+    """Return the folder for what can be made again: `$NEUROGRAFT_CACHE`, or `neurograft` in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neurograft"
+    return Path(os.environ.get("NEUROGRAFT_CACHE") or default)
+
+
+def resolve(reference: str | Path, *, trust_remote_code: bool = False) -> ModelDirectory:
+    """Find the model that `reference` names and return it as a plain transformers directory.
+
+    Args:
+        reference: A local transformers directory, a `.gguf` file, or a Hub id (`org/name`, `org/name@revision`).
+        trust_remote_code: Whether a model whose code lies beside its weights may run that code.
+
+    Raises:
+        ModelError: Nothing is found there, or it is no model that neurograft reads.
+    """
+    text, path = str(reference), Path(reference)
+    if path.is_dir():
+        directory = ModelDirectory(path.resolve(), path.resolve().name)
+    elif path.suffix == ".gguf":
+        directory = _from_gguf(path)
+    elif path.is_file():
+        raise ModelError(f"{path} is a file; a model is a transformers directory, a .gguf file or a Hub id.")
+    elif _HUB_ID.match(text) and not text.startswith("."):
+        directory = _from_hub(text)
+    else:
+        raise ModelError(f"there is no model at {text}; give a transformers directory, a .gguf file or a Hub id.")
+    _refuse_foreign(directory.path, trust_remote_code=trust_remote_code)
+    return directory
+
+
+def _refuse_foreign(path: Path, *, trust_remote_code: bool) -> None:
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise ModelError(f"{path} holds a PEFT adapter, no model; merge it into its base model first.")
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path} has no config.json, so it is no transformers model directory.")
+    raw = read_raw_config(path)
+    if raw.get("auto_map") and not trust_remote_code and not _is_native(str(raw.get("model_type"))):
+        raise ModelError(
+            f"{path} needs its own Python code ({raw.get('model_type')}), which neurograft runs only with "
+            f"--trust-remote-code."
+        )
+
+
+def _is_native(model_type: str) -> bool:
+    from transformers import CONFIG_MAPPING
+
+    return model_type in CONFIG_MAPPING
+
+
+def read_raw_config(path: Path) -> dict[str, Any]:
+    """Return `config.json` of a model directory as it stands.
+
+    Raises:
+        ModelError: It is no JSON object.
+    """
+    try:
+        raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path / 'config.json'} can't be read as JSON: {error}.") from error
+    if not isinstance(raw, dict):
+        raise ModelError(f"{path / 'config.json'} holds no JSON object.")
+    return raw
+
+
+def _from_hub(text: str) -> ModelDirectory:
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = text.partition("@")
+    try:
+        path = Path(snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{name} is no local directory, and the Hub did not give it: {reason}") from error
+    return ModelDirectory(path, name, path.name)
+
+
+def _from_gguf(path: Path) -> ModelDirectory:
+    """Dequantise a GGUF file once into a plain directory in the cache, under the digest of its bytes."""
+    if not path.is_file():
+        raise ModelError(f"there is no file {path}.")
+    with path.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise ModelError(f"{path} is named .gguf but does not begin like a GGUF file.")
+    digest = file_sha256(path)
+    target = cache_directory() / "gguf" / digest[:32]
+    notes = (f"dequantised from {path.name} to float32",)
+    if not (target / "config.json").is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        require_space(target.parent, 8 * path.stat().st_size)
+        with atomic_directory(target, overwrite=True) as temporary:
+            _dequantise(path, temporary)
+    return ModelDirectory(target, path.stem, digest, notes)
+
+
+def _dequantise(path: Path, target: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        # transformers draws the bar of this conversion whatever its logging is set to
+        with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
+            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            # The weights are plain now; with these two left in place, saving would claim that they are quantised.
+            vars(model.config).pop("quantization_config", None)
+            vars(model)["hf_quantizer"] = None
+            model.config._name_or_path = path.stem
+            model.save_pretrained(target)
+            tokenizer.save_pretrained(target)
+    except Exception as error:
+        raise ModelError(f"transformers can't read {path}: {error}") from error
+
+
+def load_config(directory: ModelDirectory, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Load a model's configuration through transformers, which expands patterns to explicit lists.
+
+    Raises:
+        ModelError: transformers does not know the model type, or refuses the configuration.
+    """
+    from transformers import AutoConfig
+
+    try:
+        with quiet_transformers():
+            return AutoConfig.from_pretrained(directory.path, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"transformers can't load the configuration of {directory.name}: {reason}") from error
+
+
+def load_model(
+    reference: str | Path | ModelDirectory, *, dtype: Any = "auto", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a causal language model in evaluation mode.
+
+    Args:
+        reference: See `resolve`; or what it returned.
+        dtype: A torch dtype, or "auto" for the one that the model is stored in.
+        trust_remote_code: See `resolve`.
+
+    Raises:
+        ModelError: It can't be found or read, is no decoder-only model, or its files lack tensors.
+    """
+    return load_model_and_unused(reference, dtype=dtype, trust_remote_code=trust_remote_code)[0]
+
+
+def load_model_and_unused(
+    reference: str | Path | ModelDirectory, *, dtype: Any = "auto", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, set[str]]:
+    """Do what `load_model` does, and return also the kinds of tensors in the files that the model has no place for.
+
+    A kind is a tensor name with its numbers replaced by `*`. Old checkpoints carry some that do no harm.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from neurograft.anatomy import refuse_unsupported
+
+    directory = (
+        reference if isinstance(reference, ModelDirectory) else resolve(reference, trust_remote_code=trust_remote_code)
+    )
+    refuse_unsupported(load_config(directory, trust_remote_code=trust_remote_code), read_raw_config(directory.path))
+    try:
+        with quiet_transformers():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                directory.path,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+            )
+            model, report = loaded
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"transformers can't load the model {directory.name}: {reason}") from error
+    for kind in ("missing_keys", "mismatched_keys"):
+        if report[kind]:
+            names = sorted(str(key) for key in report[kind])
+            raise ModelError(
+                f"the files of {directory.name} have {len(names)} {kind.replace('_keys', '')} tensors, such as "
+                f"{names[0]}."
+            )
+    return model.eval(), {re.sub(r"\d+", "*", str(key)) for key in report["unexpected_keys"]}
+
+
+def load_tokenizer(
+    reference: str | Path | ModelDirectory, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer.
+
+    Raises:
+        ModelError: There is none, or transformers can't load it.
+    """
+    directory = (
+        reference if isinstance(reference, ModelDirectory) else resolve(reference, trust_remote_code=trust_remote_code)
+    )
+    tokenizer = load_tokenizer_if_any(directory, trust_remote_code=trust_remote_code)
+    if tokenizer is None:
+        raise ModelError(
+            f"{directory.name} has no tokenizer, and text is to be read; put the tokenizer's files beside the model."
+        )
+    return tokenizer
+
+
+def load_tokenizer_if_any(
+    directory: ModelDirectory, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase | None:
+    """Load a model's tokenizer, or return `None` if it has none.
+
+    Raises:
+        ModelError: There are tokenizer files, and transformers can't load them.
+    """
+    from transformers import AutoTokenizer
+
+    if not any((directory.path / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(directory.path, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"transformers can't load the tokenizer of {directory.name}: {reason}") from error
+
+
+def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> TokenizerFingerprint:
+    """Reduce a tokenizer to what tells whether another one maps text to the same tokens."""
+    import hashlib
+
+    vocabulary = tokenizer.get_vocab()
+    ids = tokenizer(_SAMPLE_TEXT, add_special_tokens=False)["input_ids"]
+    return TokenizerFingerprint(
+        vocabulary_size=len(vocabulary),
+        vocabulary_digest=combine_digests({token: str(number) for token, number in vocabulary.items()}),
+        sample_digest=hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest(),
+    )

@@ -1,0 +1,296 @@
+"""An organ in memory, and its file: one safetensors file that nothing needs to be trusted to read."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neurograft.errors import OrganFileError, UsageError
+from neurograft.files import (
+    CHUNK_BYTES,
+    atomic_file,
+    combine_digests,
+    require_space,
+    tensor_digest,
+    tensors_digest,
+)
+from neurograft.manifest import SCHEMA_VERSION, Manifest
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig
+
+METADATA_KEY = "neurograft"
+UNSEALED = "0" * 64
+_MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
+_DIGEST_FIELD = re.compile(rb'\\"file_digest\\":\\"([0-9a-f]{64})\\"')
+
+
+@dataclass(frozen=True)
+class Organ:
+    """A contiguous range of decoder layers with its manifest.
+
+    Attributes:
+        manifest: What the organ says of itself.
+        tensors: `layers.{i}.{name}` -> tensor, i from 0 to k-1, in the form in which transformers writes them to disk.
+        path: The file that it was read from, if any.
+    """
+
+    manifest: Manifest
+    tensors: Mapping[str, torch.Tensor]
+    path: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """The name in the manifest."""
+        return self.manifest.name
+
+    @property
+    def layer_count(self) -> int:
+        """K."""
+        return self.manifest.layer_count
+
+    def layer(self, index: int) -> dict[str, torch.Tensor]:
+        """Return the tensors of layer `index`, by their names inside the layer."""
+        prefix = f"layers.{index}."
+        return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
+
+    def layer_digest(self, index: int) -> str:
+        """Return one digest over the tensors of layer `index`, comparable with `Checkpoint.layer_digest`."""
+        return combine_digests({name: tensor_digest(tensor) for name, tensor in self.layer(index).items()})
+
+    def config(self) -> PreTrainedConfig:
+        """Return the donor's configuration as transformers loads it.
+
+        Raises:
+            OrganFileError: transformers does not know the model type, or refuses the configuration.
+        """
+        return _load_config(self.manifest.anatomy.config, self.name)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Organ:
+        """Write the organ to `path`, atomically, and return it as written.
+
+        Raises:
+            UsageError: `path` exists and `overwrite` is false.
+            NeurograftError: The disk is full.
+        """
+        return write_organ(self, Path(path), overwrite=overwrite)
+
+
+def config_to_json(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return a configuration as the JSON object that transformers would write, without where it was loaded from."""
+    data: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    data.pop("_name_or_path", None)
+    return data
+
+
+def _load_config(data: Mapping[str, Any], name: str) -> PreTrainedConfig:
+    import tempfile
+
+    from transformers import AutoConfig
+
+    from neurograft.layer_weights import quiet_transformers
+
+    # transformers decodes infinities and old spellings only when it reads a file
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(data), encoding="utf-8")
+        try:
+            with quiet_transformers():
+                return AutoConfig.from_pretrained(folder)
+        except Exception as error:
+            raise OrganFileError(f"transformers can't use the configuration in the organ {name}: {error}") from error
+
+
+def now() -> str:
+    """Return the time in UTC, ISO 8601, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def clean_name(text: str) -> str:
+    """Turn any text into a name that a manifest accepts."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:96] or "organ"
+
+
+def dtype_name(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return the floating-point dtype of some tensors, such as `float32`; `mixed` if they differ."""
+    names = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.is_floating_point()}
+    return names.pop() if len(names) == 1 else "mixed"
+
+
+def write_organ(organ: Organ, path: Path, *, overwrite: bool = False) -> Organ:
+    """Write an organ file; see `Organ.save`."""
+    from safetensors.torch import save_file
+
+    if path.suffix != ".safetensors":
+        raise UsageError(f"an organ file's name ends in .safetensors, and {path} does not.")
+    refuse_not_finite(organ.tensors, organ.name)
+    tensors = {name: tensor.contiguous().clone() for name, tensor in organ.tensors.items()}
+    manifest = organ.manifest.model_copy(update={"tensors_digest": tensors_digest(tensors), "file_digest": UNSEALED})
+    with atomic_file(path, overwrite=overwrite) as temporary:
+        require_space(path.parent, sum(tensor.nbytes for tensor in tensors.values()) + (1 << 20))
+        save_file(tensors, temporary, metadata={METADATA_KEY: manifest.model_dump_json()})
+        digest = _seal(temporary)
+    return Organ(manifest.model_copy(update={"file_digest": digest}), tensors, path)
+
+
+def _seal(path: Path) -> str:
+    """Write the digest of the file into its own header, in place of 64 zeros."""
+    with path.open("r+b") as stream:
+        header = stream.read(_header_bytes(path) + 8)
+        found = [match for match in _DIGEST_FIELD.finditer(header) if match[1] == UNSEALED.encode()]
+        stream.seek(0)
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        stream.seek(found[-1].start(1))
+        stream.write(digest.encode())
+    return digest
+
+
+def _header_bytes(path: Path) -> int:
+    with path.open("rb") as stream:
+        return int.from_bytes(stream.read(8), "little")
+
+
+def read_organ(path: str | Path) -> Organ:
+    """Read an organ file, trusting nothing: sizes, schema, digests and values are checked.
+
+    Raises:
+        OrganFileError: The file is missing, no organ, truncated, altered in any byte, from a newer schema, or holds NaN
+            or infinite values.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    manifest = read_manifest(path)
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise OrganFileError(f"{path} can't be read as a safetensors file: {error}.") from error
+    if tensors_digest(tensors) != manifest.tensors_digest:
+        raise OrganFileError(
+            f"the tensors in {path} do not have the digest that its manifest gives; the file was altered."
+        )
+    refuse_not_finite(tensors, str(path))
+    return Organ(manifest, tensors, path)
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """Read and check an organ file's manifest and the digest of the whole file, without keeping its tensors.
+
+    Raises:
+        OrganFileError: See `read_organ`.
+    """
+    path = Path(path)
+    header = _read_header(path)
+    text = header.get("__metadata__", {}).get(METADATA_KEY)
+    if not isinstance(text, str):
+        raise OrganFileError(f"{path} is a safetensors file but no organ: its header has no {METADATA_KEY} manifest.")
+    manifest = parse_manifest(text, path)
+    _verify_file_digest(path, manifest.file_digest)
+    return manifest
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    """Return the safetensors header as JSON, after checking the sizes that it claims against the file's."""
+    if path.is_dir():
+        raise OrganFileError(f"{path} is a directory; an organ is one .safetensors file.")
+    if not path.is_file():
+        raise OrganFileError(f"there is no organ file {path}.")
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        start = stream.read(8)
+        _refuse_pickle(path, start)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise OrganFileError(
+                f"{path} is truncated or no safetensors file: its header would be {length} bytes long, the file has "
+                f"{size}."
+            )
+        text = stream.read(length)
+    try:
+        header = json.loads(text)
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise OrganFileError(
+            f"{path} is no safetensors file, or its header was altered: {type(error).__name__}: {error}."
+        ) from error
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise OrganFileError(
+            f"{path} is {'truncated' if size < expected else 'too long'}: it has {size} bytes and its header "
+            f"describes {expected}."
+        )
+    return dict(header)
+
+
+def _refuse_pickle(path: Path, start: bytes) -> None:
+    if start[:1] == b"\x80" or zipfile.is_zipfile(path):
+        raise OrganFileError(
+            f"{path} is a pickle (a PyTorch .pt or .bin file), which neurograft never loads; an organ is a "
+            f".safetensors file."
+        )
+
+
+def parse_manifest(text: str, path: Path) -> Manifest:
+    """Parse a manifest.
+
+    Raises:
+        OrganFileError: It is no JSON object, of a newer schema, or not as the schema says.
+    """
+    from pydantic import ValidationError
+
+    try:
+        data = json.loads(text)
+        version = data["schema_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise OrganFileError(f"the manifest in {path} can't be read: {type(error).__name__}: {error}.") from error
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise OrganFileError(
+            f"{path} has manifest schema {version}, and this neurograft reads schemas up to {SCHEMA_VERSION}; "
+            f"install a newer neurograft."
+        )
+    try:
+        return Manifest.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise OrganFileError(
+            f"the manifest in {path} is not as schema {SCHEMA_VERSION} says: {place}: {first['msg']}."
+        ) from error
+
+
+def _verify_file_digest(path: Path, digest: str) -> None:
+    """Compare the digest in the header with that of the file whose digest field is written as zeros."""
+    whole = hashlib.sha256()
+    with path.open("rb") as stream:
+        header = stream.read(8 + _header_bytes(path))
+        matches = [match for match in _DIGEST_FIELD.finditer(header) if match[1] == digest.encode()]
+        if matches:
+            start = matches[-1].start(1)
+            header = header[:start] + UNSEALED.encode() + header[start + 64 :]
+        whole.update(header)
+        while chunk := stream.read(CHUNK_BYTES):
+            whole.update(chunk)
+    if not matches or whole.hexdigest() != digest:
+        raise OrganFileError(
+            f"{path} was altered or damaged: its bytes do not have the digest that its manifest gives."
+        )
+
+
+def refuse_not_finite(tensors: Mapping[str, torch.Tensor], name: str) -> None:
+    """Refuse tensors with NaN or infinite values.
+
+    Raises:
+        OrganFileError: Names the first such tensor and how many of its values are not finite.
+    """
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.element_size() > 1 and not tensor.isfinite().all():
+            bad = int((~tensor.isfinite()).sum())
+            raise OrganFileError(f"{name}: the tensor {key} has {bad} values that are NaN or infinite.")

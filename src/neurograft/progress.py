@@ -1,0 +1,31 @@
+"""One line that says how far long work has come."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from neurograft.training import TrainingProgress
+
+
+def training_line(progress: TrainingProgress) -> str:
+    """Say where a training run is: step, loss, held-out perplexity, speed, time left."""
+    left = seconds_left(progress.step, progress.steps, progress.seconds)
+    return (
+        f"step {progress.step}/{progress.steps}  loss {progress.loss:.3f} (perplexity "
+        f"{math.exp(min(progress.loss, 700)):.2f})  "
+        f"held-out perplexity {progress.held_out_perplexity:.2f}  {progress.tokens_per_second:,.0f} tokens/s  "
+        f"{left} left"
+    )
+
+
+def evaluation_line(done: int, total: int) -> str:
+    """Say how many tokens have been evaluated."""
+    return f"evaluating: {done:,} of {total:,} tokens ({done / max(total, 1):.0%})"
+
+
+def seconds_left(done: int, total: int, elapsed: float) -> str:
+    """Say how long the rest takes if it goes on as before: `2 min 05 s`."""
+    seconds = round(elapsed / max(done, 1) * (total - done))
+    return f"{seconds // 60} min {seconds % 60:02d} s" if seconds >= 60 else f"{seconds} s"

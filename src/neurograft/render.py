@@ -1,0 +1,160 @@
+"""Results as people read them: tables and panels for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from neurograft.files import human_bytes
+
+if TYPE_CHECKING:
+    from neurograft.compat import CheckReport
+    from neurograft.disk import Removal
+    from neurograft.evaluation import EvaluationReport
+    from neurograft.manifest import Manifest, SurgicalRecord
+
+_COLOURS = {"blocks": "bold red", "risks": "yellow", "notes": "dim"}
+
+
+def facts(title: str, rows: Iterable[tuple[str, str]]) -> RenderableType:
+    """Render names and values as a two-column panel."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    return Panel(table, title=Text(title), title_align="left", expand=False)
+
+
+def manifest(organ: Manifest, size: int | None = None) -> RenderableType:
+    """Render an organ's manifest."""
+    source, training = organ.source, organ.training
+    config = organ.anatomy.config
+    widths = [
+        f"{name} {config[name]}"
+        for name in ("hidden_size", "num_attention_heads", "num_key_value_heads")
+        if config.get(name)
+    ]
+    rows = [
+        ("version", organ.version),
+        ("kind", organ.kind),
+        (
+            "layers",
+            f"{organ.layer_count}, from {source.layer_start}:{source.layer_stop} of the {source.layer_count} of "
+            f"{source.model}",
+        ),
+        ("architecture", ", ".join([organ.anatomy.model_type, *widths, organ.anatomy.dtype])),
+        ("goes", f"{organ.recommended_mode} at position {organ.recommended_position} (recommended)"),
+    ]
+    if size is not None:
+        rows.append(("size", human_bytes(size)))
+    for name, value in (("licence", organ.license), ("about", organ.description)):
+        if value:
+            rows.append((name, value))
+    if training is not None:
+        rows.append(
+            (
+                "training",
+                f"{training.protocol} in {training.host} at position {training.position}: {training.tokens_seen:,} "
+                f"tokens of "
+                f"{training.documents:,} documents, {training.steps} steps, {training.seconds:.0f} s, seed "
+                f"{training.seed}",
+            )
+        )
+    for evaluation in organ.evaluations:
+        rows.append(
+            (
+                "perplexity",
+                f"{evaluation.before:.2f} before, {evaluation.after:.2f} after, on {evaluation.data} "
+                f"({evaluation.tokens:,} tokens)",
+            )
+        )
+    rows += [("created", organ.created), ("file digest", organ.file_digest)]
+    return facts(f"organ {organ.name}", rows)
+
+
+def check_report(report: CheckReport) -> RenderableType:
+    """Render the findings of `check`."""
+    table = Table(
+        title=Text(f"{report.organ} → {report.recipient}, {report.mode} at {report.position}"),
+        title_justify="left",
+    )
+    table.add_column("severity")
+    table.add_column("what", overflow="fold")
+    table.add_column("organ", overflow="fold")
+    table.add_column("recipient", overflow="fold")
+    table.add_column("why it matters", overflow="fold", ratio=1)
+    for finding in report.findings:
+        values = ["" if value is None else str(value) for value in (finding.organ, finding.recipient)]
+        table.add_row(
+            Text(finding.severity, style=_COLOURS[finding.severity]),
+            finding.subject,
+            *map(Text, values),
+            Text(finding.why),
+        )
+    verdict = Text("does not fit", style="bold red") if report.blocked else Text("fits", style="bold green")
+    if not report.findings:
+        return Text("fits; nothing differs", style="bold green")
+    return Group(table, verdict)
+
+
+def record(surgery: SurgicalRecord, output: str) -> RenderableType:
+    """Render what a transplant did."""
+    operation = surgery.operations[-1]
+    rows = [
+        ("organ", f"{operation.organ} {operation.organ_version}"),
+        ("done", f"{operation.mode} at position {operation.position}"),
+        ("layers", str(len(surgery.layers))),
+        ("taken out", operation.explant or "nothing"),
+        ("verified", "loaded with plain transformers, every layer's answers compared, KV cache compared"),
+        ("tensors digest", surgery.tensors_digest),
+    ]
+    return facts(output, rows)
+
+
+def removal(result: Removal) -> RenderableType:
+    """Render what `remove` did, with its proof."""
+    rows = [("removed", result.organ), ("tensors digest", result.tensors_digest)]
+    if result.original_restored:
+        rows += [
+            ("the original's", f"{result.expected_tensors_digest}  equal"),
+            ("config digest", result.config_digest),
+            ("the original's", f"{result.expected_config_digest}  equal"),
+        ]
+    else:
+        rows.append(("still inside", ", ".join(result.organs_left)))
+    return facts(result.output, rows)
+
+
+def evaluation(report: EvaluationReport) -> RenderableType:
+    """Render perplexities, side by side with the baseline, and the gates."""
+    table = Table(title="perplexity (95 % interval over documents)", title_justify="left")
+    table.add_column("data")
+    table.add_column("documents", justify="right")
+    table.add_column("tokens", justify="right")
+    if report.baseline is not None:
+        table.add_column(Text(str(report.baseline)), justify="right")
+    table.add_column(Text(str(report.model)), justify="right")
+    if report.baseline is not None:
+        table.add_column("ratio", justify="right")
+    for name, result in report.data.items():
+        cells = [name, f"{result.documents:,}", f"{result.tokens:,}"]
+        if report.baseline is not None:
+            cells.append(f"{result.baseline_perplexity:.2f}")
+        cells.append(f"{result.perplexity:.2f} [{result.low:.2f}, {result.high:.2f}]")
+        if result.ratio is not None:
+            cells.append(f"{result.ratio:.3f} [{result.ratio_low:.3f}, {result.ratio_high:.3f}]")
+        table.add_row(*map(Text, cells))
+    gates = [
+        Text(
+            f"{'passed' if gate.passed else 'FAILED'}  {gate.gate}  ({gate.value:.2f} against {gate.limit:.2f})",
+            style="green" if gate.passed else "bold red",
+        )
+        for gate in report.gates
+    ]
+    return Group(table, *gates)

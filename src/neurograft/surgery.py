@@ -1,0 +1,342 @@
+"""Put an organ into a loaded model and take it out again, exactly, without a copy of the model."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neurograft import probe
+from neurograft.anatomy import build_skeleton, describe, differences, layer_facts, outside_facts
+from neurograft.compat import check_loaded, refuse_unfit_config
+from neurograft.errors import IncompatibleError, ModelError, UsageError, VerificationError
+from neurograft.layer_values import changed_values
+from neurograft.layer_weights import load_layers
+from neurograft.manifest import Mode
+from neurograft.organ import Organ, read_organ
+from neurograft.planning import Plan, Step, make_plan, organ_origins, plan_graft, recommended_place
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+_MISSING = object()
+_attached: weakref.WeakKeyDictionary[PreTrainedModel, list[Attachment]] = weakref.WeakKeyDictionary()
+
+
+@dataclass
+class _Undo:
+    """Attributes that were overwritten, in order, with the very objects that stood there."""
+
+    saved: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
+
+    def set(self, attributes: dict[str, Any], name: str, value: Any) -> None:
+        self.saved.append((attributes, name, attributes.get(name, _MISSING)))
+        attributes[name] = value
+
+    def restore(self) -> None:
+        while self.saved:
+            attributes, name, value = self.saved.pop()
+            if value is _MISSING:
+                attributes.pop(name, None)
+            else:
+                attributes[name] = value
+
+
+@dataclass
+class Attachment:
+    """An organ inside a loaded model.
+
+    Attributes:
+        organ: The organ.
+        positions: Numbers of its layers in the model as it is now.
+        layers: Its modules, in order; what a training loop trains.
+    """
+
+    organ: Organ
+    positions: list[int]
+    layers: list[nn.Module]
+    removed: list[nn.Module]
+    _original: list[nn.Module]
+    _undo: _Undo
+
+
+def attach(
+    model: PreTrainedModel,
+    organ: Organ | str | Path,
+    *,
+    at: int | None = None,
+    mode: Mode | None = None,
+    verify: bool = True,
+) -> Attachment:
+    """Put an organ into a loaded model, in place; `detach` takes it out again.
+
+    The organ's layers are made in the model's dtype and on its device; the model's own layers stay the objects that
+    they are. Where the organ can't work as it did in its donor, the model is left as it was.
+
+    Args:
+        model: A loaded transformers causal language model.
+        organ: The organ, or the path of its file.
+        at: Position, 0 to L; left out, what the organ recommends.
+        mode: `replace` or `insert`; left out, what the organ recommends.
+        verify: Ask the layers the probe questions before and after (two short forward passes).
+
+    Raises:
+        UsageError: The position is out of range.
+        IncompatibleError: The organ does not fit.
+        VerificationError: A layer computed something else after the change, which was undone.
+        ModelError: The model is spread over devices, or of an unsupported kind.
+    """
+    organ = organ if isinstance(organ, Organ) else read_organ(organ)
+    position, chosen = recommended_place(organ.manifest, at=at, mode=mode)
+    skeleton = _skeleton_of(model)
+    check_loaded(organ, model, skeleton, at=position, mode=chosen)
+    plan = plan_graft(skeleton, organ, at=position, mode=chosen)
+    path = describe(skeleton).layers_path
+    before = probe.probe_layers(model, path) if verify else None
+    attachment = _swap(model, skeleton, plan, organ, path)
+    _attached.setdefault(model, []).append(attachment)
+    if before is not None:
+        _verify_or_undo(model, attachment, plan, before, path)
+    return attachment
+
+
+def attach_alone(model: PreTrainedModel, organ: Organ) -> Attachment:
+    """Let an organ stand alone between a loaded model's embedding and head: the paper's wrapper (arXiv 2601.13580).
+
+    Raises:
+        IncompatibleError: The organ does not fit, or its layers would compute something else there.
+    """
+    skeleton = _skeleton_of(model)
+    refuse_unfit_config(organ, model)
+    steps = tuple(Step("organ", layer) for layer in range(organ.layer_count))
+    rows = {"organ": organ.manifest.anatomy.layer_values}
+    plan = make_plan(skeleton, steps, rows, {"organ": organ_origins(organ)})
+    attachment = _swap(model, skeleton, plan, organ, describe(skeleton).layers_path)
+    _attached.setdefault(model, []).append(attachment)
+    return attachment
+
+
+def detach(model: PreTrainedModel) -> Organ:
+    """Take out the organ that was attached last; the model is then exactly what it was before.
+
+    Returns:
+        The organ as it was attached; for weights that were trained since, see `neurograft.training`.
+
+    Raises:
+        UsageError: No organ is attached.
+    """
+    stack = _attached.get(model, [])
+    if not stack:
+        raise UsageError("no organ is attached to this model.")
+    attachment = stack.pop()
+    attachment._undo.restore()
+    _set_layers(model.get_submodule(describe(_skeleton_of(model)).layers_path), attachment._original)
+    return attachment.organ
+
+
+@contextmanager
+def graft(
+    model: PreTrainedModel,
+    organ: Organ | str | Path,
+    *,
+    at: int | None = None,
+    mode: Mode | None = None,
+    verify: bool = True,
+) -> Iterator[PreTrainedModel]:
+    """Hold an organ in a loaded model for the length of a `with` block.
+
+    Yields `model` itself; on exit, also by an exception, it is exactly what it was. Arguments, errors: as in `attach`.
+    """
+    attachment = attach(model, organ, at=at, mode=mode, verify=verify)
+    try:
+        yield model
+    finally:
+        if _attached.get(model, [None])[-1] is not attachment:
+            raise UsageError(f"organs attached after {attachment.organ.name} must be detached before its block ends.")
+        detach(model)
+
+
+def _skeleton_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Build the meta-device twin of a loaded model."""
+    devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
+    if len(devices) > 1:
+        raise ModelError(
+            f"the model is spread over {', '.join(sorted(devices))}; load it on one device to put an organ in."
+        )
+    skeleton = build_skeleton(model.config)
+    if type(skeleton) is not type(model):
+        raise ModelError(
+            f"the model is a {type(model).__name__}; load it with AutoModelForCausalLM, which gives a "
+            f"{type(skeleton).__name__}."
+        )
+    return skeleton
+
+
+def _swap(model: PreTrainedModel, skeleton: PreTrainedModel, plan: Plan, organ: Organ, path: str) -> Attachment:
+    """Put the planned layers in place; everything that is changed is noted, and undone if anything fails."""
+    container = model.get_submodule(path)
+    original = list(container.children())
+    new = _make_layers(model, organ, plan, original[0])
+    source = {"recipient": original, "organ": new}
+    undo = _Undo()
+    try:
+        _patch_outside(model, skeleton, plan, path, undo)
+        _set_layers(container, [source[step.source][step.layer] for step in plan.steps])
+        _patch_numbers(container, plan, skeleton, path, undo)
+        _patch_configs(model, plan, undo)
+    except BaseException:
+        undo.restore()
+        _set_layers(container, original)
+        raise
+    kept = {step.layer for step in plan.steps if step.source == "recipient"}
+    removed = [layer for index, layer in enumerate(original) if index not in kept]
+    return Attachment(organ, plan.organ_positions, new, removed, original, undo)
+
+
+def _make_layers(model: PreTrainedModel, organ: Organ, plan: Plan, neighbour: nn.Module) -> list[nn.Module]:
+    """Make the organ's layers as modules that look like the model's own: dtype, device, mode, checkpointing, hooks."""
+    parameter = next(neighbour.parameters())
+    carrier = load_layers(
+        plan.config,
+        organ.manifest.anatomy.layer_values,
+        organ.tensors,
+        dtype=parameter.dtype,
+        name=organ.name,
+    )
+    _install_output_hooks(model, carrier)
+    layers = list(carrier.get_submodule(describe(carrier).layers_path).children())
+    checkpointing = next((m for m in neighbour.modules() if getattr(m, "gradient_checkpointing", False)), None)
+    for layer in layers:
+        layer.to(parameter.device)
+        layer.train(model.training)
+        for module in layer.modules():
+            if getattr(module, "config", None) is carrier.config:
+                vars(module)["config"] = model.config
+            if checkpointing is not None and hasattr(module, "gradient_checkpointing"):
+                vars(module)["gradient_checkpointing"] = True
+                vars(module)["_gradient_checkpointing_func"] = vars(checkpointing)["_gradient_checkpointing_func"]
+    return layers
+
+
+def _install_output_hooks(model: nn.Module, carrier: PreTrainedModel) -> None:
+    """Hook the new layers for `output_hidden_states` if the model's are hooked already.
+
+    transformers installs these hooks once, at the first forward pass that asks for them, and misses later layers.
+    """
+    if any(getattr(module, "_output_capturing_hooks_installed", False) for module in model.modules()):
+        from transformers.utils.output_capturing import install_all_output_capturing_hooks
+
+        install_all_output_capturing_hooks(carrier)
+
+
+def _set_layers(container: nn.Module, layers: list[nn.Module]) -> None:
+    """Give a ModuleList other children; the list itself stays the same object."""
+    container._modules.clear()
+    for index, layer in enumerate(layers):
+        container._modules[str(index)] = layer
+
+
+def _patch_numbers(container: nn.Module, plan: Plan, skeleton: PreTrainedModel, path: str, undo: _Undo) -> None:
+    """Tell every layer its new number, wherever it keeps it.
+
+    What differs between a layer's facts in the planned skeleton and its present ones can only be its number, since the
+    plan was verified.
+    """
+    planned = plan.skeleton.get_submodule(path)
+    old = skeleton.get_submodule(path)
+    for position, step in enumerate(plan.steps):
+        wanted = layer_facts(planned.get_submodule(str(position)))
+        layer = container.get_submodule(str(position))
+        present = layer_facts(old.get_submodule(str(step.layer)) if step.source == "recipient" else layer)
+        for name, (_, value) in differences(present, wanted).items():
+            module_path, _, attribute = name.rpartition(".")
+            if name.startswith(("class of ", "shape of ")) or type(value) is not int:
+                raise VerificationError(
+                    f"layer {position} can't be made what the plan says: {name} would be {value!r}."
+                )
+            undo.set(vars(layer.get_submodule(module_path)), attribute, value)
+
+
+def _patch_outside(model: nn.Module, skeleton: nn.Module, plan: Plan, path: str, undo: _Undo) -> None:
+    """Update what modules outside the layers remember of the configuration since they were built."""
+    changes = differences(outside_facts(skeleton, path), outside_facts(plan.skeleton, path))
+    for name, (old, value) in changes.items():
+        if name.startswith("buffer "):
+            # One that is no longer needed does no harm; one that is missing can only be made by building anew.
+            if old == "absent":
+                raise IncompatibleError(
+                    f"the loaded model was built without {name.removeprefix('buffer ')}, which the organ's kind of "
+                    f"layer needs; "
+                    "transplant on disk instead, where the model is built anew."
+                )
+            continue
+        module_path, _, attribute = name.rpartition(".")
+        undo.set(vars(model.get_submodule(module_path)), attribute, value)
+
+
+def _patch_configs(model: PreTrainedModel, plan: Plan, undo: _Undo) -> None:
+    """Write the new per-layer values into the model's configuration, and into any copies that its modules hold."""
+    rows = describe(plan.skeleton).rows
+    values = changed_values(model.config, list(rows))
+    configs = {
+        id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
+    }
+    for config in configs.values():
+        if type(config) is type(model.config):
+            for name, value in values.items():
+                undo.set(vars(config), name, value)
+
+
+def _verify_or_undo(
+    model: PreTrainedModel, attachment: Attachment, plan: Plan, before: torch.Tensor, path: str
+) -> None:
+    """Ask all layers the probe questions again, and detach if one answers otherwise."""
+    try:
+        after = probe.probe_layers(model, path)
+        verify_graft(attachment.organ, plan, before, after, str(model.dtype).removeprefix("torch."))
+    except BaseException:
+        detach(model)
+        raise
+
+
+def verify_graft(organ: Organ, plan: Plan, before: torch.Tensor, after: torch.Tensor, dtype: str) -> None:
+    """Check that every layer of a grafted model answers the probe as it did where it comes from.
+
+    Args:
+        organ: The organ.
+        plan: Where each layer comes from.
+        before: (L, T, S) answers of the recipient's layers before.
+        after: (L', T, S) answers of the new model's layers.
+        dtype: The dtype that both were computed in.
+
+    Raises:
+        VerificationError: Names the layer.
+    """
+    probe.verify_answers(organ.manifest.probe, after[plan.organ_positions], dtype, organ.name)
+    for position, step in enumerate(plan.steps):
+        if step.source == "recipient":
+            error = probe.relative_error(before[step.layer], after[position])
+            if not error <= probe.TOLERANCE_SAME_DTYPE:
+                raise VerificationError(
+                    f"the recipient's layer {step.layer} would compute something else at position {position} "
+                    f"(answers to the probe differ by {error:.2g} of their size), so the organ {organ.name} was not "
+                    f"put in."
+                )
+
+
+def attached(model: PreTrainedModel) -> tuple[Attachment, ...]:
+    """Return what is attached to a model, first to last."""
+    return tuple(_attached.get(model, ()))
+
+
+def tensors_of(attachment: Attachment, model: PreTrainedModel) -> Mapping[str, torch.Tensor]:
+    """Return an attached organ's tensors as they are now, in disk form, copied to the CPU."""
+    from neurograft.layer_weights import to_disk
+
+    positions = range(attachment.positions[0], attachment.positions[-1] + 1)
+    return {name: tensor.detach().cpu().clone() for name, tensor in to_disk(model, positions).items()}
