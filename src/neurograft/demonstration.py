@@ -6,7 +6,6 @@ import importlib.util
 import json
 import logging
 import re
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from rich.text import Text
 from neurograft import data as text_data
 from neurograft.errors import ModelError, NeurograftError
 from neurograft.files import atomic_directory, human_bytes
-from neurograft.manifest import RECORD_FILE
+from neurograft.layer_weights import quiet_transformers
 from neurograft.models import cache_directory
 
 if TYPE_CHECKING:
@@ -49,6 +48,8 @@ class DemoSettings(BaseModel):
     batch_size: int
     sequence_length: int
     organ_lr: float
+    organ_strength: float
+    """See `TrainingOptions.strength`."""
     recipient_lr: float
     held_out_tokens: int
     """Tokens evaluated in each data set."""
@@ -56,23 +57,25 @@ class DemoSettings(BaseModel):
 
 
 FULL = DemoSettings(
-    organ_steps=60,
-    recipient_steps=16,
+    organ_steps=40,
+    recipient_steps=12,
     batch_size=8,
     sequence_length=128,
     organ_lr=1e-3,
+    organ_strength=0.4,
     recipient_lr=1e-4,
     held_out_tokens=8192,
-    evaluations=3,
+    evaluations=2,
 )
 QUICK = DemoSettings(
     organ_steps=8,
     recipient_steps=2,
     batch_size=4,
     sequence_length=128,
-    organ_lr=2e-3,
+    organ_lr=1e-3,
+    organ_strength=0.5,
     recipient_lr=1e-4,
-    held_out_tokens=1024,
+    held_out_tokens=768,
     evaluations=1,
 )
 
@@ -285,6 +288,7 @@ class _Story:
                 batch_size=settings.batch_size,
                 sequence_length=settings.sequence_length,
                 lr=settings.organ_lr,
+                strength=settings.organ_strength,
                 eval_tokens=settings.held_out_tokens // 2,
                 evaluations=settings.evaluations,
                 progress=self._progress(),
@@ -316,38 +320,39 @@ class _Story:
         target = cache_directory() / "demo" / f"recipient-{key}"
         if not (target / "config.json").is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
-            with (
-                atomic_directory(target, overwrite=True) as temporary,
-                tempfile.TemporaryDirectory(dir=target.parent) as scratch,
-            ):
-                self._make_recipient(Path(scratch), temporary)
+            with atomic_directory(target, overwrite=True) as temporary:
+                self._make_recipient(temporary)
         self._say(f"{_layer_count(target)} layers instead of {_layer_count(self.gguf)}")
         return target
 
-    def _make_recipient(self, scratch: Path, target: Path) -> None:
-        from neurograft import disk, training
+    def _make_recipient(self, target: Path) -> None:
+        """Grow the packaged model by two identity layers, then train all layers a little on the site's own text."""
+        import torch
+
+        from neurograft import disk, models, surgery, training
+        from neurograft.anatomy import describe
         from neurograft.identity import as_identity
 
-        settings, end = self.settings, _GROWN_AT + _GROWN_LAYERS
-        identity = as_identity(disk.extract(self.gguf, layers=(_GROWN_AT, end), name="growth"))
-        disk.transplant(identity, self.gguf, at=_GROWN_AT, mode="insert", output=scratch / "grown")
-        everything = disk.extract(scratch / "grown", layers=(0, _layer_count(scratch / "grown")), name="own-text")
-        tuned = training.train(
-            everything,
-            host=scratch / "grown",
-            data=self.site / "documentation.jsonl",
+        settings = self.settings
+        identity = as_identity(disk.extract(self.gguf, layers=(_GROWN_AT, _GROWN_AT + _GROWN_LAYERS), name="growth"))
+        model, tokenizer = models.load_model(self.gguf, dtype=torch.float32), models.load_tokenizer(self.gguf)
+        surgery.attach(model, identity, at=_GROWN_AT, mode="insert")
+        training.tune_layers(
+            model,
+            tokenizer,
+            text_data.read_documents(self.site / "documentation.jsonl"),
+            layers=list(model.get_submodule(describe(model).layers_path).children()),
             steps=settings.recipient_steps,
             batch_size=settings.batch_size,
             sequence_length=settings.sequence_length,
             lr=settings.recipient_lr,
-            eval_tokens=512,
+            eval_tokens=256,
             evaluations=1,
             progress=self._progress(),
         )
-        disk.transplant(tuned, scratch / "grown", at=0, mode="replace", output=scratch / "tuned")
-        for file in (scratch / "tuned").iterdir():
-            if file.is_file() and file.name != RECORD_FILE:
-                shutil.copyfile(file, target / file.name)
+        with quiet_transformers():
+            model.save_pretrained(target)
+            tokenizer.save_pretrained(target)
 
     def _check(self, organ_file: Path, recipient: Path) -> Any:
         from neurograft import compat
@@ -385,7 +390,7 @@ class _Story:
         tokenizer = load_tokenizer(model)
         ids = tokenizer(PROMPT, return_tensors="pt", add_special_tokens=False)
         tokens = loaded.generate(
-            **ids, max_new_tokens=40, do_sample=False, pad_token_id=text_data.separator_token(tokenizer)
+            **ids, max_new_tokens=24, do_sample=False, pad_token_id=text_data.separator_token(tokenizer)
         )
         return str(tokenizer.decode(tokens[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)).replace(
             "\n", " "

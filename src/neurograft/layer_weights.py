@@ -86,7 +86,9 @@ def load_layers(
     skeleton = build_skeleton(carrier)
     path = describe(skeleton).layers_path
     verify_names({key: tuple(tensor.shape) for key, tensor in tensors.items()}, expected_tensors(config, rows), name)
-    state = {_disk_key(key, _disk_prefix(skeleton, path)): tensor for key, tensor in tensors.items()}
+    prefix = _disk_prefix(skeleton, path)
+    # Copies: transformers would hand over the very tensors where it need not convert them, and layers get trained.
+    state = {_disk_key(key, prefix): tensor.clone() for key, tensor in tensors.items()}
     with quiet_transformers():
         loaded: Any = type(skeleton).from_pretrained(
             None,

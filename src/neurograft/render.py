@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
-from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
@@ -22,13 +21,13 @@ _COLOURS = {"blocks": "bold red", "risks": "yellow", "notes": "dim"}
 
 
 def facts(title: str, rows: Iterable[tuple[str, str]]) -> RenderableType:
-    """Render names and values as a two-column panel."""
-    table = Table.grid(padding=(0, 2))
+    """Render names and values in two columns; a digest fits beside its name in 80 columns."""
+    table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(name, Text(value))
-    return Panel(table, title=Text(title), title_align="left", expand=False)
+    return Group(Text(title, style="bold underline"), table)
 
 
 def manifest(organ: Manifest, size: int | None = None) -> RenderableType:
@@ -119,15 +118,16 @@ def record(surgery: SurgicalRecord, output: str) -> RenderableType:
 
 def removal(result: Removal) -> RenderableType:
     """Render what `remove` did, with its proof."""
-    rows = [("removed", result.organ), ("tensors digest", result.tensors_digest)]
+    rows = [("removed", result.organ)]
     if result.original_restored:
         rows += [
-            ("the original's", f"{result.expected_tensors_digest}  equal"),
-            ("config digest", result.config_digest),
-            ("the original's", f"{result.expected_config_digest}  equal"),
+            ("tensors", "equal to the original's, to the bit"),
+            ("", result.tensors_digest),
+            ("config.json", "equal to the original's, to the bit"),
+            ("", result.config_digest),
         ]
     else:
-        rows.append(("still inside", ", ".join(result.organs_left)))
+        rows += [("still inside", ", ".join(result.organs_left)), ("tensors digest", result.tensors_digest)]
     return facts(result.output, rows)
 
 

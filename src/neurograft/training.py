@@ -28,7 +28,8 @@ from neurograft.surgery import Attachment, attach, attach_alone, tensors_of
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from neurograft.data import PackedTokens
 
@@ -63,6 +64,9 @@ class TrainingOptions(BaseModel):
     """Weight decay of AdamW."""
     clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient over all of the organ."""
+    strength: float = Field(default=1.0, gt=0, le=1)
+    """Share of the way from the starting weights to the best trained ones that is kept. Less than 1 gives up some of
+    the gain and keeps more of what the model could do before (weight-space ensembling, arXiv 2109.01903)."""
     seed: int = 0
     """Seed of the order of sequences, of the held-out share and of dropout."""
     held_out: float = Field(default=0.1, gt=0, lt=1)
@@ -212,9 +216,37 @@ def _train(
     model = load_model(directory, dtype=torch.float32, trust_remote_code=trust_remote_code)
     torch.nn.Module.to(model, _device())
     attachment = _place(model, organ, options)
-    run = _Run(model, attachment, batches, options, progress)
+    run = _Run(model, attachment.layers, batches, options, progress)
     run.train()
     return _trained_organ(organ, directory.name, model, attachment, texts, run)
+
+
+def tune_layers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[str],
+    *,
+    layers: Sequence[nn.Module],
+    progress: ProgressCallback | None = None,
+    **options: Any,
+) -> None:
+    """Train some layers of a loaded model in place, by the same loop as an organ.
+
+    Args:
+        model: A causal language model; everything in it but `layers` is frozen afterwards.
+        tokenizer: Its tokenizer.
+        documents: Text; a share of it is held out, and the best weights on that are kept.
+        layers: The modules to train.
+        progress: Called after each optimizer step.
+        **options: Fields of `TrainingOptions`; `protocol` and `at` have no meaning here.
+
+    Raises:
+        UsageError: An option is wrong.
+        DataError: There are fewer than two documents.
+    """
+    chosen = parse_options(**options)
+    texts = _Texts(*data.split_documents(documents, held_out=chosen.held_out, seed=chosen.seed))
+    _Run(model, layers, _Batches.build(texts, tokenizer, chosen), chosen, progress).train()
 
 
 def _device() -> torch.device:
@@ -293,7 +325,8 @@ class _Run:
     """One training run: the loop and what it learned."""
 
     model: PreTrainedModel
-    attachment: Attachment
+    layers: Sequence[nn.Module]
+    """The modules that train; everything else is frozen."""
     batches: _Batches
     options: TrainingOptions
     progress: ProgressCallback | None
@@ -311,14 +344,14 @@ class _Run:
         options, steps, started = self.options, self.batches.steps, time.monotonic()
         torch.manual_seed(options.seed)
         self.model.requires_grad_(False)
-        parameters = [p for layer in self.attachment.layers for p in layer.requires_grad_(True).parameters()]
+        parameters = [p for layer in self.layers for p in layer.requires_grad_(True).parameters()]
         optimizer = torch.optim.AdamW(parameters, lr=options.lr, betas=(0.9, 0.95), weight_decay=options.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_share(step, steps, options.warmup)
         )
         every = max(1, math.ceil(steps / options.evaluations))
         best = self._evaluate(0), 0
-        kept = [p.detach().cpu().clone() for p in parameters]
+        start = kept = [p.detach().cpu().clone() for p in parameters]
         window: list[float] = []
         for step, (inputs, labels) in zip(range(1, steps + 1), self.batches.training_batches(), strict=False):
             self._organ_mode(True)
@@ -354,13 +387,13 @@ class _Run:
                 )
                 break
         with torch.no_grad():
-            for parameter, value in zip(parameters, kept, strict=True):
-                parameter.copy_(value)
+            for parameter, first, last in zip(parameters, start, kept, strict=True):
+                parameter.copy_(torch.lerp(first, last, options.strength) if options.strength < 1 else last)
         self._organ_mode(False)
         self.seconds = time.monotonic() - started
 
     def _organ_mode(self, training: bool) -> None:
-        for layer in self.attachment.layers:
+        for layer in self.layers:
             layer.train(training)
 
     def _evaluate(self, step: int) -> float:
