@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from neurograft.disk import transplant as transplant
     from neurograft.evaluation import evaluate as evaluate
     from neurograft.organ import Organ as Organ
-    from neurograft.organ import read_manifest as inspect  # noqa: F401
+    from neurograft.organ import read_manifest
     from neurograft.surgery import attach as attach
     from neurograft.surgery import detach as detach
     from neurograft.surgery import graft as graft
     from neurograft.training import train as train
+
+    inspect = read_manifest
 
 # Loaded at first use: torch and transformers take seconds to import, and `neurograft --help` must not.
 _HOMES = {

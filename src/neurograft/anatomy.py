@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from neurograft.errors import ModelError
@@ -48,8 +49,16 @@ class Anatomy:
     hidden_size: int
     index_names: tuple[str, ...]
     """Attributes, relative to a layer, that hold the layer's own number, such as `self_attn.layer_idx`."""
-    rows: tuple[Row, ...]
-    """The per-layer configuration values of each layer."""
+    config: PreTrainedConfig = field(repr=False)
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """The per-layer configuration values of each layer.
+
+        Raises:
+            ModelError: See `layer_values.read_rows`.
+        """
+        return tuple(read_rows(self.config))
 
 
 def read_anatomy(config: PreTrainedConfig, raw: Mapping[str, Any] | None = None) -> Anatomy:
@@ -85,7 +94,7 @@ def describe(model: PreTrainedModel) -> Anatomy:
         head_path=_path_of(model, model.get_output_embeddings()),
         hidden_size=int(config.hidden_size),
         index_names=_find_index_names(layers),
-        rows=tuple(read_rows(config)),
+        config=config,
     )
 
 
@@ -243,12 +252,15 @@ class LayerOrigin:
     facts: Facts
     index: int
     """Its number in the model that it comes from."""
+    count: int
+    """How many layers that model has."""
 
 
 def layer_origins(skeleton: PreTrainedModel, label: str) -> list[LayerOrigin]:
     """Describe every layer of a model as a possible origin."""
-    layers = skeleton.get_submodule(_find_layers(skeleton, int(getattr(skeleton.config, count_name(skeleton.config)))))
-    return [LayerOrigin(label, layer_facts(layer), index) for index, layer in enumerate(layers.children())]
+    count = int(getattr(skeleton.config, count_name(skeleton.config)))
+    layers = skeleton.get_submodule(_find_layers(skeleton, count))
+    return [LayerOrigin(label, layer_facts(layer), index, count) for index, layer in enumerate(layers.children())]
 
 
 def verify_layers(planned: PreTrainedModel, origins: Sequence[LayerOrigin]) -> None:
@@ -264,7 +276,7 @@ def verify_layers(planned: PreTrainedModel, origins: Sequence[LayerOrigin]) -> N
     layers = list(planned.get_submodule(_find_layers(planned, len(origins))).children())
     for position, (layer, origin) in enumerate(zip(layers, origins, strict=True)):
         for name, (old, new) in differences(origin.facts, layer_facts(layer)).items():
-            if not _is_own_number(old, new, origin.index, position):
+            if not _means_the_same(old, new, origin, position, len(layers)):
                 raise ModelError(
                     f"layer {origin.index} of {origin.label} would not compute the same at position {position}: "
                     f"{name} is "
@@ -295,8 +307,11 @@ def differences(old: Facts, new: Facts) -> dict[str, tuple[Any, Any]]:
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1] or type(pair[0]) is not type(pair[1])}
 
 
-def _is_own_number(old: Any, new: Any, index: int, position: int) -> bool:
-    return type(old) is int and type(new) is int and old == index and new == position
+def _means_the_same(old: Any, new: Any, origin: LayerOrigin, position: int, count: int) -> bool:
+    """Whether two values that differ are both the layer's own number, or lists that say the same of the layer."""
+    if isinstance(old, list) and isinstance(new, list) and (len(old), len(new)) == (origin.count, count):
+        return bool(old[origin.index] == new[position])
+    return type(old) is int and type(new) is int and old == origin.index and new == position
 
 
 def _shown(value: Any) -> str:

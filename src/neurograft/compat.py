@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from neurograft.errors import IncompatibleError, NeurograftError
 from neurograft.layer_values import count_name, read_rows
+from neurograft.layer_weights import expected_tensors, verify_names
 from neurograft.manifest import Manifest, Mode, TokenizerFingerprint
 from neurograft.models import ModelDirectory, fingerprint_tokenizer, load_tokenizer_if_any, resolve
 from neurograft.organ import Organ, config_to_json, read_organ
@@ -149,6 +150,7 @@ def check_checkpoint(
     trust_remote_code: bool = False,
 ) -> CheckReport:
     """Do what `check` does, on a recipient that is open already."""
+    verify_tensors(organ)
     alignment = align(organ, checkpoint)
     if at is None and alignment is not None:
         at = alignment.position
@@ -172,6 +174,17 @@ def check_checkpoint(
         similarity=round(alignment.similarity, 4) if alignment else None,
         findings=sorted(findings, key=lambda finding: order[finding.severity]),
     )
+
+
+def verify_tensors(organ: Organ) -> None:
+    """Check that an organ has the tensors, all and no others, that its own configuration calls for.
+
+    Raises:
+        OrganFileError: Names the first missing, extra or misshapen tensor.
+    """
+    expected = expected_tensors(organ.config(), organ.manifest.anatomy.layer_values)
+    found = {name: tuple(tensor.shape) for name, tensor in organ.tensors.items()}
+    verify_names(found, expected, str(organ.path or organ.name))
 
 
 def refuse_blocked(report: CheckReport) -> None:

@@ -25,7 +25,9 @@ Row = dict[str, Any]
 INDEX_LISTS = frozenset({"mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs"})
 _INDEX_NAME = re.compile(r"(_layers|_indices|_idxs?|_layer_ids)$")
 _PER_LAYER_NAME = re.compile(r"layer|_types$|_pattern$|^intermediate_size$|^num_(attention|key_value)_heads$")
-_NEVER_PER_LAYER = re.compile(r"token_id|^id2label$|^label2id$|^architectures$|_section$|^model_|^torch|^dtype$")
+_NEVER_PER_LAYER = re.compile(
+    r"token_id|^id2label$|^label2id$|^architectures$|_section$|_limit$|_range$|^model_|^torch|^dtype$"
+)
 _MISSING = object()
 
 

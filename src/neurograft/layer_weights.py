@@ -31,8 +31,8 @@ def carrier_config(config: PreTrainedConfig, rows: Sequence[Row]) -> PreTrainedC
     carrier = with_rows(config, list(rows))
     carrier.vocab_size = _CARRIER_VOCABULARY
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        if hasattr(carrier, name):
-            setattr(carrier, name, None)
+        if isinstance(getattr(carrier, name, None), int | list):
+            setattr(carrier, name, 0)  # some configurations refuse None, and larger ids are outside the vocabulary
     return carrier
 
 

@@ -206,9 +206,9 @@ def _read_header(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     with path.open("rb") as stream:
         start = stream.read(8)
-        _refuse_pickle(path, start)
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            _refuse_pickle(path, start)
             raise OrganFileError(
                 f"{path} is truncated or no safetensors file: its header would be {length} bytes long, the file has "
                 f"{size}."

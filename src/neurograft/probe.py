@@ -46,8 +46,14 @@ def probe_layers(model: PreTrainedModel, layers_path: str) -> torch.Tensor:
     layers = list(model.get_submodule(layers_path).children())
     question, signs = _question(int(model.config.hidden_size))
     answers: dict[int, torch.Tensor] = {}
-    with _hooks(layers, question, signs, answers), _eval_mode(model), torch.no_grad():
-        model(input_ids=_tokens(model), use_cache=False)
+    try:
+        with _hooks(layers, question, signs, answers), _eval_mode(model), torch.no_grad():
+            model(input_ids=_tokens(model), use_cache=False)
+    except (RuntimeError, IndexError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"the layers of this {model.config.model_type} model can't be asked the probe questions "
+            f"({type(error).__name__}: {_first_line(error)}), so it can't be shown that they work."
+        ) from error
     if len(answers) != len(layers):
         raise ModelError(
             f"only {len(answers)} of {len(layers)} layers took part in a forward pass of this "
@@ -157,12 +163,13 @@ def _hooks(
             _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             if args:
-                return (question.to(args[0]), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": question.to(kwargs["hidden_states"])}
+                return (_shaped(question, args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": _shaped(question, kwargs["hidden_states"])}
 
         def note(_module: nn.Module, _args: Any, output: Any, index: int = index) -> None:
             hidden = output[0] if isinstance(output, tuple) else output  # (1, T, hidden)
-            answers[index] = hidden[0].double().cpu() @ signs  # (T, S)
+            summed = hidden.double().cpu().reshape(-1, *question.shape[1:]).sum(dim=0)  # (T, hidden)
+            answers[index] = summed @ signs  # (T, S)
 
         handles += [layer.register_forward_pre_hook(ask, with_kwargs=True), layer.register_forward_hook(note)]
     try:
@@ -170,6 +177,15 @@ def _hooks(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _shaped(question: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+    """Shape the question like the hidden state that it replaces, (..., T, hidden): some models carry several."""
+    return question.to(present).expand_as(present)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "")
 
 
 @contextmanager
@@ -185,7 +201,10 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def cache_gap(model: PreTrainedModel) -> float:
-    """Return how far logits computed with the KV cache are from those of one pass, relative to their size."""
+    """Return how far logits computed with the KV cache are from those of one pass, relative to their size.
+
+    For models that keep another kind of state and do not return it, the share of greedily generated tokens that differ.
+    """
     import torch
 
     tokens = _tokens(model)
@@ -193,12 +212,22 @@ def cache_gap(model: PreTrainedModel) -> float:
     with _eval_mode(model), torch.no_grad():
         whole = model(input_ids=tokens, use_cache=False).logits[0, half:].float()  # (T/2, vocabulary)
         output = model(input_ids=tokens[:, : half + 1], use_cache=True)
+        if getattr(output, "past_key_values", None) is None:
+            return _generation_gap(model, tokens)
         steps = [output.logits[0, -1]]
         for position in range(half + 1, TOKENS):
-            output = model(
-                input_ids=tokens[:, position : position + 1],
-                past_key_values=output.past_key_values,
-                use_cache=True,
-            )
+            step = tokens[:, position : position + 1]
+            output = model(input_ids=step, past_key_values=output.past_key_values, use_cache=True)
             steps.append(output.logits[0, -1])
     return float((torch.stack(steps).float() - whole).abs().max() / whole.abs().max().clamp_min(1e-6))
+
+
+def _generation_gap(model: Any, tokens: torch.Tensor) -> float:
+    import torch
+
+    settings = {"max_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    mask = torch.ones_like(tokens)
+    cached, uncached = (
+        model.generate(tokens, attention_mask=mask, use_cache=use_cache, **settings)[0] for use_cache in (True, False)
+    )
+    return float((cached != uncached).float().mean())

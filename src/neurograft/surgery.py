@@ -244,8 +244,8 @@ def _set_layers(container: nn.Module, layers: list[nn.Module]) -> None:
 def _patch_numbers(container: nn.Module, plan: Plan, skeleton: PreTrainedModel, path: str, undo: _Undo) -> None:
     """Tell every layer its new number, wherever it keeps it.
 
-    What differs between a layer's facts in the planned skeleton and its present ones can only be its number, since the
-    plan was verified.
+    What differs between a layer's facts in the planned skeleton and its present ones can only be its number, or a list
+    over all layers, since the plan was verified.
     """
     planned = plan.skeleton.get_submodule(path)
     old = skeleton.get_submodule(path)
@@ -255,7 +255,7 @@ def _patch_numbers(container: nn.Module, plan: Plan, skeleton: PreTrainedModel, 
         present = layer_facts(old.get_submodule(str(step.layer)) if step.source == "recipient" else layer)
         for name, (_, value) in differences(present, wanted).items():
             module_path, _, attribute = name.rpartition(".")
-            if name.startswith(("class of ", "shape of ")) or type(value) is not int:
+            if name.startswith(("class of ", "shape of ")) or type(value) not in (int, list):
                 raise VerificationError(
                     f"layer {position} can't be made what the plan says: {name} would be {value!r}."
                 )
