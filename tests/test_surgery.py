@@ -28,7 +28,7 @@ def _state(model: Any) -> dict[str, Any]:
             f"{name}.{key}": copy.deepcopy(value)
             for name, module in model.named_modules()
             for key, value in vars(module).items()
-            if isinstance(value, SCALARS)
+            if isinstance(value, SCALARS) and key != "_weight_conversions"
         },
         "digest": tensors_digest(model.state_dict()),
         "config": model.config.to_dict(),
