@@ -26,6 +26,8 @@ Facts = dict[str, Any]
 _LAYER_CLASS = re.compile(r"Layer|Block")
 # State of a running model, not of its arithmetic.
 _RUNTIME_ATTRIBUTES = frozenset({"training", "gradient_checkpointing"})
+# Dropout acts only while training, and how long sequences may become is no arithmetic; `check` reports both.
+_NO_ARITHMETIC = re.compile(r"dropout|_drop$|pdrop$|^max_position_embeddings$|^max_seq")
 _SUPPORTED = "neurograft cuts decoder-only language models, such as llama, qwen, gemma, mistral or gpt2"
 # Arithmetic that depends on a layer's number only inside `forward`, where nothing built shows it.
 _UNSAFE_TYPES = {"rwkv": "it rescales hidden states and weights by layer number while it runs"}
@@ -230,10 +232,15 @@ def _join(path: str, name: str) -> str:
 
 
 def _scalars(module: nn.Module) -> Facts:
+    if "Dropout" in type(module).__name__:
+        return {}
     return {
         name: value
         for name, value in vars(module).items()
-        if not name.startswith("_") and name not in _RUNTIME_ATTRIBUTES and _is_scalar(value)
+        if not name.startswith("_")
+        and name not in _RUNTIME_ATTRIBUTES
+        and not _NO_ARITHMETIC.search(name)
+        and _is_scalar(value)
     }
 
 
