@@ -37,7 +37,7 @@ $(BIN)/python:
 	@$(MAKE_VENV)
 
 test: lint  ## lint, then the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 lint: venv  ## style, formatting and types
 	$(BIN)/python -m ruff check .

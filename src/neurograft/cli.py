@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 EXIT_NO = 1  # the verdict is no: an organ that does not fit, a gate that does not hold
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
+PIPED_WIDTH = 140
 
 app = typer.Typer(
     name="neurograft",
@@ -70,7 +71,8 @@ class _Screen:
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
-        self.out = Console()
+        # Without a terminal there is no width to keep to, and whoever reads the output should find digests whole.
+        self.out = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
         self.err = Console(stderr=True)
         self.status: Status | None = None
 

@@ -291,7 +291,7 @@ class _Batches:
         if options.steps is not None:
             steps = options.steps
         elif options.max_tokens is not None:
-            steps = math.ceil(options.max_tokens / training.tokens * an_epoch)
+            steps = math.ceil(options.max_tokens / (options.batch_size * length))
         else:
             steps = math.ceil((options.epochs or 1) * an_epoch)
         return cls(training, held_out, max(steps, 1), options.batch_size, options.seed)

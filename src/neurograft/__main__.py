@@ -1,0 +1,5 @@
+"""`python -m neurograft`."""
+
+from neurograft.cli import main
+
+main()

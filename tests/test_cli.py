@@ -1,0 +1,209 @@
+"""The command line: every verb succeeds and fails as it says, and scripts can rely on what it prints."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import neurograft
+from neurograft.cli import app
+from tiny import LAYERS
+
+Run = Callable[..., Result]
+VERBS = ("extract", "train", "inspect", "check", "transplant", "evaluate", "remove", "demo")
+
+
+@pytest.fixture
+def run() -> Run:
+    runner = CliRunner()
+    return lambda *words: runner.invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(f"report {number}: nothing to be seen, patient well" for number in range(12)))
+    return path
+
+
+def test_the_whole_story_by_command(run: Run, donor: Path, recipient: Path, text: Path, tmp_path: Path) -> None:
+    organ, trained = tmp_path / "organ.safetensors", tmp_path / "trained.safetensors"
+    steps: list[tuple[list[Any], str]] = [
+        (["extract", donor, "--layers", "2:4", "-o", organ, "--license", "MIT"], "from 2:4 of the 6 of llama"),
+        (
+            ["train", organ, "--host", donor, "--data", text, "-o", trained, "--steps", 3, "--sequence-length", 16],
+            "in_place",
+        ),
+        (["inspect", trained], "perplexity"),
+        (["check", trained, donor], "position 2 matches"),
+        (
+            ["transplant", trained, recipient, "--at", 1, "--mode", "replace", "-o", tmp_path / "out"],
+            "replace at position 1",
+        ),
+        (
+            [
+                "evaluate",
+                tmp_path / "out",
+                "--data",
+                f"domain={text}",
+                "--baseline",
+                recipient,
+                "--gate",
+                "domain<=9*baseline",
+            ],
+            "passed",
+        ),
+        (["remove", tmp_path / "out", "-o", tmp_path / "back"], "equal to the original's, to the bit"),
+    ]
+    for words, expected in steps:
+        result = run(*words)
+        assert result.exit_code == 0, (words, result.output)
+        assert expected in result.stdout, (words, result.stdout)
+
+
+def test_json_is_one_document_and_nothing_else(run: Run, donor: Path, text: Path, tmp_path: Path) -> None:
+    organ = tmp_path / "organ.safetensors"
+    for words, key in [
+        (["extract", donor, "-o", organ], "schema_version"),
+        (["inspect", organ], "tensors_digest"),
+        (["check", organ, donor], "findings"),
+        (["transplant", organ, donor, "-o", tmp_path / "out"], "operations"),
+        (["evaluate", donor, "--data", text], "data"),
+        (["remove", tmp_path / "out", "-o", tmp_path / "back"], "original_restored"),
+        (["inspect", tmp_path / "nowhere.safetensors"], "error"),
+        (["remove", donor, "-o", tmp_path / "x"], "error"),
+    ]:
+        result = run(*words, "--json")
+        assert key in json.loads(result.stdout), words
+        assert result.stdout.count("\n") == 1
+        assert (result.exit_code == 0) == (key != "error")
+
+
+def test_errors_are_one_sentence_on_standard_error(
+    run: Run, donor: Path, organ_file: Path, text: Path, tmp_path: Path
+) -> None:
+    new = tmp_path / "new"
+    for words, reason in [
+        (
+            ["extract", donor, "--layers", "4:9", "-o", f"{new}.safetensors"],
+            "4:9 does not lie inside a model of 6 layers",
+        ),
+        (["extract", tmp_path / "nowhere", "-o", f"{new}.safetensors"], "there is no model at"),
+        (["extract", donor, "-o", organ_file], "exists already"),
+        (
+            ["train", organ_file, "--host", donor, "--data", "no.txt", "-o", f"{new}.safetensors"],
+            "no file or folder no.txt",
+        ),
+        (["train", organ_file, "--host", donor, "--data", text, "-o", f"{new}.safetensors", "--lr", 7], "--lr"),
+        (["inspect", text], "truncated or no safetensors file"),
+        (["check", organ_file, text], "is a file; a model is a transformers directory"),
+        (
+            ["transplant", organ_file, donor, "--at", LAYERS + 1, "--mode", "insert", "-o", new],
+            "position 7 is out of range",
+        ),
+        (["transplant", organ_file, donor, "-o", donor], "overlaps the input"),
+        (["evaluate", donor, "--data", f"a={text}", "--gate", "b<3"], "names the data set b; there are a"),
+        (["evaluate", donor, "--data", "a="], "write NAME=PATH"),
+        (["remove", donor, "-o", new], "has no neurograft.json"),
+        (["remove", tmp_path / "nowhere", "-o", new], "is no directory"),
+    ]:
+        result = run(*words)
+        assert result.exit_code == 2, (words, result.output)
+        lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and reason in lines[0], (words, result.stderr)
+        assert result.stdout == "" and "Traceback" not in result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["organ.safetensors", "text.txt"]
+
+
+def test_verdicts_are_exit_status_one(
+    run: Run, donor: Path, organ_file: Path, model_directory: Any, text: Path
+) -> None:
+    result = run("check", organ_file, model_directory("llama", seed=1, hidden_size=64))
+    assert result.exit_code == 1 and "does not fit" in result.stdout and "hidden_size" in result.stdout
+    blocked = run("check", organ_file, donor, "--at", 9, "--json")
+    assert blocked.exit_code == 1 and json.loads(blocked.stdout)["blocked"] is True
+    result = run("evaluate", donor, "--data", f"a={text}", "--gate", "a<1")
+    assert result.exit_code == 1 and "FAILED  a<1" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "words", [["extract"], ["extract", "x"], ["fly"], ["inspect", "--wings"], ["check", "a", "b", "--mode", "fly"]]
+)
+def test_wrong_words(words: list[str], run: Run) -> None:
+    result = run(*words)
+    assert result.exit_code == 2 and "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help(verb: str, run: Run) -> None:
+    result = run(verb, "--help")
+    assert result.exit_code == 0 and "--json" in result.stdout
+
+
+def test_verbs_are_functions_too(run: Run) -> None:
+    for verb in VERBS:
+        assert callable(getattr(neurograft, verb)), verb
+    importlib.import_module("neurograft.demonstration")  # a module of the same name would hide the function
+
+    assert callable(neurograft.demo)
+    assert run("--version").stdout == f"neurograft {neurograft.__version__}\n"
+
+
+def _python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = _python(
+        "import sys\nfrom neurograft.cli import app\nfrom typer.testing import CliRunner\n"
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
+        "print([name for name in ('torch', 'transformers', 'datasets', 'numpy') if name in sys.modules])"
+    )
+    assert heavy.strip() == "[]"
+
+
+def test_piped_output_is_plain(organ_file: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "neurograft", "inspect", organ_file], capture_output=True, text=True, check=True
+    )
+    digest = neurograft.inspect(organ_file).file_digest
+    assert digest in result.stdout and "\x1b" not in result.stdout and result.stderr == ""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_ends_in_one_sentence(
+    sent: signal.Signals, donor: Path, organ_file: Path, text: Path, tmp_path: Path
+) -> None:
+    words = [
+        "train",
+        organ_file,
+        "--host",
+        donor,
+        "--data",
+        text,
+        "-o",
+        tmp_path / "new.safetensors",
+        "--steps",
+        "1000000",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "neurograft", *map(str, words)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    time.sleep(12)
+    process.send_signal(sent)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert out == "" and err.strip() == "error: interrupted; nothing was written."
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["organ.safetensors", "text.txt"]
