@@ -182,7 +182,8 @@ def verify_tensors(organ: Organ) -> None:
     Raises:
         OrganFileError: Names the first missing, extra or misshapen tensor.
     """
-    expected = expected_tensors(organ.config(), organ.manifest.anatomy.layer_values)
+    first = organ.manifest.anatomy.first_layer
+    expected = expected_tensors(organ.config(), range(first, first + organ.layer_count))
     found = {name: tuple(tensor.shape) for name, tensor in organ.tensors.items()}
     verify_names(found, expected, str(organ.path or organ.name))
 
@@ -456,6 +457,7 @@ def check_loaded(organ: Organ, model: PreTrainedModel, skeleton: PreTrainedModel
         IncompatibleError: One sentence for each finding that blocks.
     """
     refuse_unfit_config(organ, model)
+    verify_tensors(organ)
     check_position(len(read_rows(skeleton.config)), organ.layer_count, at=at, mode=mode)
     refuse_findings(organ.name, _model_name(model), place_findings(organ, skeleton, at=at, mode=mode))
 

@@ -212,7 +212,7 @@ def _canonical_tensors(checkpoint: Checkpoint, layers: range) -> dict[str, torch
         for layer in layers
         for inner, name in checkpoint.layer_names(layer).items()
     }
-    expected = expected_tensors(checkpoint.config, [checkpoint.rows[layer] for layer in layers])
+    expected = expected_tensors(checkpoint.config, layers)
     if set(names) == set(expected):
         tensors = checkpoint.load(list(names.values()))
         return {inner: tensors[name] for inner, name in names.items()}

@@ -36,10 +36,13 @@ def carrier_config(config: PreTrainedConfig, rows: Sequence[Row]) -> PreTrainedC
     return carrier
 
 
-def expected_tensors(config: PreTrainedConfig, rows: Sequence[Row]) -> dict[str, tuple[int, ...]]:
-    """Return the names, `layers.{i}.{name}`, and shapes that an organ file of these layers holds."""
-    skeleton = build_skeleton(carrier_config(config, rows))
-    return {name: tuple(tensor.shape) for name, tensor in to_disk(skeleton, range(len(rows))).items()}
+def expected_tensors(config: PreTrainedConfig, layers: range) -> dict[str, tuple[int, ...]]:
+    """Return the names, `layers.{i}.{name}`, and shapes that an organ file of some layers of a model holds."""
+    return _shapes(to_disk(build_skeleton(config), layers))
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def to_disk(model: PreTrainedModel, layers: range) -> Tensors:
@@ -80,12 +83,17 @@ def load_layers(
         name: What the tensors belong to, for messages.
 
     Raises:
-        OrganFileError: Tensors are missing, unexpected, or of another shape.
+        ModelError: These layers need other tensors where they were than in a model of their own.
+        OrganFileError: transformers could not load a tensor.
     """
     carrier = carrier_config(config, rows)
     skeleton = build_skeleton(carrier)
     path = describe(skeleton).layers_path
-    verify_names({key: tuple(tensor.shape) for key, tensor in tensors.items()}, expected_tensors(config, rows), name)
+    if _shapes(tensors) != _shapes(to_disk(skeleton, range(len(rows)))):
+        raise ModelError(
+            f"the tensors of layers in this {config.model_type} model depend on their numbers, so {name} can't be "
+            "held apart from its model in memory; transplant on disk instead."
+        )
     prefix = _disk_prefix(skeleton, path)
     # Copies: transformers would hand over the very tensors where it need not convert them, and layers get trained.
     state = {_disk_key(key, prefix): tensor.clone() for key, tensor in tensors.items()}
