@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from neurograft import data, disk, evaluation, surgery, training
+from neurograft import data, evaluation, extraction, surgery, training
 from neurograft.demonstration import find_ontology, find_packaged_model, read_definitions, read_reference
 from neurograft.models import load_model, load_tokenizer
 from neurograft.organ import Organ
@@ -32,14 +32,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         texts = write_texts(Path(folder))
         rows = [measure("the model as it is", model, tokenizer, texts, None)]
-        organ = disk.extract(host, layers=LAYERS)
+        organ = extraction.extract(host, layers=LAYERS)
         for protocol in ("in_place", "insert", "standalone"):
             started = time.monotonic()
             trained = training.train(
                 organ,
                 host=host,
                 data=texts["training"],
-                eval_data=texts["clinical"],
+                eval_data=texts["selection"],
                 protocol=protocol,
                 steps=STEPS,
                 batch_size=BATCH_SIZE,
@@ -70,7 +70,8 @@ def write_texts(folder: Path) -> dict[str, Path]:
     clinical, held_out = data.split_documents(read_definitions(find_ontology()), held_out=0.1, seed=SEED)
     texts = {
         "training": clinical,
-        "clinical": held_out,
+        "selection": held_out[:400],
+        "clinical": held_out[400:],
         "general": data.split_documents(read_reference(), seed=SEED)[1],
     }
     for name, documents in texts.items():

@@ -23,6 +23,7 @@ from pydantic import BaseModel
 
 import neurograft
 from neurograft import manifest
+from tiny import save_model
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -85,6 +86,20 @@ def test_python_in_the_pages_uses_names_that_exist(page: Path) -> None:
                     and node.value.id == "neurograft"
                 ):
                     assert node.attr in neurograft.__all__
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+def test_python_in_the_first_pages_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_model(tmp_path / "my-model", "llama", num_hidden_layers=14)
+    neurograft.extract("my-model", layers="10:13", output="trained.safetensors")
+    blocks = [
+        body for language, body in FENCE.findall((ROOT / page).read_text(encoding="utf-8")) if language == "python"
+    ]
+    assert blocks
+    names: dict[str, Any] = {}
+    for body in blocks:
+        exec(compile(body, page, "exec"), names)
 
 
 def test_the_site_builds_without_warnings(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from neurograft.files import file_sha256
+
 VOCABULARY = 96
 LAYERS = 6
 _GROUPED = {"num_key_value_heads": 2}
@@ -169,3 +171,8 @@ def generate(model: Any, **arguments: Any) -> list[int]:
         **arguments,
     )
     return [int(token) for token in tokens[0, 8:]]
+
+
+def contents(folder: Path) -> dict[str, tuple[str, int]]:
+    """Digest and time of the last change of every file."""
+    return {path.name: (file_sha256(path), path.stat().st_mtime_ns) for path in folder.iterdir() if path.is_file()}

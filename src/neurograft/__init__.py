@@ -10,16 +10,16 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from neurograft.compat import check as check
     from neurograft.demonstration import demo as demo
-    from neurograft.disk import extract as extract
-    from neurograft.disk import remove as remove
-    from neurograft.disk import transplant as transplant
     from neurograft.evaluation import evaluate as evaluate
+    from neurograft.extraction import extract as extract
     from neurograft.organ import Organ as Organ
     from neurograft.organ import read_manifest
+    from neurograft.removal import remove as remove
     from neurograft.surgery import attach as attach
     from neurograft.surgery import detach as detach
     from neurograft.surgery import graft as graft
     from neurograft.training import train as train
+    from neurograft.transplantation import transplant as transplant
 
     inspect = read_manifest
 
@@ -31,12 +31,12 @@ _HOMES = {
     "demo": "demonstration:demo",
     "detach": "surgery:detach",
     "evaluate": "evaluation:evaluate",
-    "extract": "disk:extract",
+    "extract": "extraction:extract",
     "graft": "surgery:graft",
     "inspect": "organ:read_manifest",
-    "remove": "disk:remove",
+    "remove": "removal:remove",
     "train": "training:train",
-    "transplant": "disk:transplant",
+    "transplant": "transplantation:transplant",
 }
 __all__ = [*sorted(_HOMES), "__version__"]  # pyright: ignore
 

@@ -161,9 +161,9 @@ def extract(
 ) -> None:
     """Take a contiguous range of decoder layers out of a model, as one organ file."""
     with _running(as_json, "reading the model") as screen:
-        from neurograft import disk, render
+        from neurograft import extraction, render
 
-        organ = disk.extract(
+        organ = extraction.extract(
             model,
             layers=layers,
             output=output,
@@ -310,9 +310,9 @@ def transplant(
 ) -> None:
     """Put an organ into a copy of a recipient: a new plain transformers directory."""
     with _running(as_json, "reading the organ") as screen:
-        from neurograft import disk, render
+        from neurograft import render, transplantation
 
-        record = disk.transplant(
+        record = transplantation.transplant(
             organ,
             recipient,
             at=at,
@@ -391,11 +391,11 @@ def remove(
 ) -> None:
     """Take an organ out again, and prove by digest that the original is back."""
     with _running(as_json, "reading the model") as screen:
-        from neurograft import disk, render
+        from neurograft import removal, render
 
         if not directory.is_dir():
             raise UsageError(f"{directory} is no directory; give the one that transplant wrote.")
-        result = disk.remove(
+        result = removal.remove(
             directory, organ=organ, output=output, overwrite=overwrite, trust_remote_code=trust_remote_code
         )
         screen.result(result, lambda: render.removal(result))

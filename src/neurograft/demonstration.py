@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -68,14 +68,14 @@ FULL = DemoSettings(
     evaluations=2,
 )
 QUICK = DemoSettings(
-    organ_steps=8,
+    organ_steps=6,
     recipient_steps=2,
     batch_size=4,
     sequence_length=128,
     organ_lr=1e-3,
     organ_strength=0.5,
     recipient_lr=1e-4,
-    held_out_tokens=768,
+    held_out_tokens=640,
     evaluations=1,
 )
 
@@ -270,11 +270,11 @@ class _Story:
         self._say(f"{len(clinical):,} clinical definitions to train on, {len(clinical_held_out):,} held out")
 
     def _hospital(self) -> Path:
-        from neurograft import disk, training
+        from neurograft import extraction, training
 
         settings = self.settings
         with self._chapter("hospital: extract layers 10, 11 and 12 of SmolLM2-135M-Instruct"):
-            organ = disk.extract(self.gguf, layers="10:13", name="clinical", license="Apache-2.0")
+            organ = extraction.extract(self.gguf, layers="10:13", name="clinical", license="Apache-2.0")
         with self._chapter("hospital: train them in place, everything else frozen"):
             trained = training.train(
                 organ,
@@ -317,7 +317,7 @@ class _Story:
         """Return the other site's model, made once and cached: grown, then fine-tuned on its own text."""
         settings = self.settings
         key = f"{settings.recipient_steps}x{settings.batch_size}x{settings.sequence_length}-{settings.recipient_lr:g}"
-        target = cache_directory() / "demo" / f"recipient-{key}"
+        target = cache_directory() / "demo" / key / "recipient"
         if not (target / "config.json").is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
             with atomic_directory(target, overwrite=True) as temporary:
@@ -329,12 +329,13 @@ class _Story:
         """Grow the packaged model by two identity layers, then train all layers a little on the site's own text."""
         import torch
 
-        from neurograft import disk, models, surgery, training
+        from neurograft import extraction, models, surgery, training
         from neurograft.anatomy import describe
         from neurograft.identity import as_identity
 
         settings = self.settings
-        identity = as_identity(disk.extract(self.gguf, layers=(_GROWN_AT, _GROWN_AT + _GROWN_LAYERS), name="growth"))
+        layers = (_GROWN_AT, _GROWN_AT + _GROWN_LAYERS)
+        identity = as_identity(extraction.extract(self.gguf, layers=layers, name="growth"))
         model, tokenizer = models.load_model(self.gguf, dtype=torch.float32), models.load_tokenizer(self.gguf)
         surgery.attach(model, identity, at=_GROWN_AT, mode="insert")
         training.tune_layers(
@@ -363,9 +364,9 @@ class _Story:
         return report
 
     def _transplant(self, organ_file: Path, recipient: Path) -> Path:
-        from neurograft import disk
+        from neurograft import transplantation
 
-        disk.transplant(organ_file, recipient, output=self.site / "grafted", overwrite=True)
+        transplantation.transplant(organ_file, recipient, output=self.site / "grafted", overwrite=True)
         return self.site / "grafted"
 
     def _evaluate(self, grafted: Path, recipient: Path) -> Any:
@@ -397,9 +398,9 @@ class _Story:
         )
 
     def _remove(self, grafted: Path) -> Any:
-        from neurograft import disk, render
+        from neurograft import removal, render
 
-        result = disk.remove(grafted, output=self.site / "restored", overwrite=True)
+        result = removal.remove(grafted, output=self.site / "restored", overwrite=True)
         self.show(render.removal(result))
         return result
 
@@ -435,11 +436,10 @@ def closing_table(report: DemoReport) -> RenderableType:
             f"{after / before - 1:+.1%}",
             f"{low - 1:+.1%} to {high - 1:+.1%}",
         )
-    table.caption = (
-        f"one file of {human_bytes(report.organ_bytes)}, trained on {report.trained_tokens:,} tokens; layers "
-        f"{report.layers_at_hospital} of "
-        f"the donor went to {report.layers_at_recipient}; after removal the digests are "
-        f"{'equal' if report.digests_equal else 'NOT EQUAL'}; "
-        f"{report.seconds:.0f} s"
+    summary = Text(
+        f"one file of {human_bytes(report.organ_bytes)}, trained on {report.trained_tokens:,} tokens\n"
+        f"layers {report.layers_at_hospital} of the donor went to {report.layers_at_recipient} of the recipient\n"
+        f"after removal the digests are {'equal' if report.digests_equal else 'NOT EQUAL'}\n"
+        f"{report.seconds:.0f} s in all"
     )
-    return table
+    return Group(table, summary)

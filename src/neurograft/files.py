@@ -47,6 +47,7 @@ def atomic_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
     try:
         with explained_os_errors(path):
             yield temporary
+            temporary.chmod(_usual_mode(path.parent))
             fsync(temporary)
             os.replace(temporary, path)
             fsync(path.parent)
@@ -67,14 +68,27 @@ def atomic_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
     try:
         with explained_os_errors(path):
             temporary.mkdir()
+            mode = _usual_mode(temporary)
             yield temporary
             for file in temporary.rglob("*"):
+                if file.is_file():
+                    file.chmod(mode)
                 fsync(file)
             fsync(temporary)
             _swap_in(temporary, path)
             fsync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _usual_mode(folder: Path) -> int:
+    """Return the permissions that a new file gets here: safetensors gives its files to their owner alone."""
+    sample = folder / f".{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        sample.touch(exist_ok=False)
+        return sample.stat().st_mode & 0o777
+    finally:
+        sample.unlink(missing_ok=True)
 
 
 def _swap_in(temporary: Path, path: Path) -> None:

@@ -13,9 +13,9 @@ from neurograft.files import human_bytes
 
 if TYPE_CHECKING:
     from neurograft.compat import CheckReport
-    from neurograft.disk import Removal
     from neurograft.evaluation import EvaluationReport
     from neurograft.manifest import Manifest, SurgicalRecord
+    from neurograft.removal import Removal
 
 _COLOURS = {"blocks": "bold red", "risks": "yellow", "notes": "dim"}
 

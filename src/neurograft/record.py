@@ -1,0 +1,139 @@
+"""The surgical record beside a transplanted model: what was done, and what the original was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from neurograft import __version__
+from neurograft.checkpoint import Checkpoint
+from neurograft.errors import ModelError
+from neurograft.files import (
+    combine_digests,
+    file_sha256,
+    tensor_digest,
+)
+from neurograft.manifest import (
+    RECORD_FILE,
+    SCHEMA_VERSION,
+    Mode,
+    Operation,
+    Origin,
+    SurgicalRecord,
+)
+from neurograft.organ import Organ, now
+from neurograft.planning import Plan
+
+if TYPE_CHECKING:
+    import torch
+
+EXPLANT_FOLDER = "explants"
+
+
+def read_record(directory: Path) -> SurgicalRecord | None:
+    """Read the surgical record beside a model; `None` if there is none.
+
+    Raises:
+        ModelError: It is there, and not as its schema says, or from a newer neurograft.
+    """
+    path = directory / RECORD_FILE
+    if not path.is_file():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        version = data["schema_version"]
+        if version > SCHEMA_VERSION:
+            raise ModelError(
+                f"{path} has schema {version}, and this neurograft reads up to {SCHEMA_VERSION}; install a newer one."
+            )
+        return SurgicalRecord.model_validate(data)
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, ModelError):
+            raise
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise ModelError(f"{path} is no surgical record: {reason}.") from error
+
+
+def make_record(
+    organ: Organ,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    at: int,
+    mode: Mode,
+    tensors: Mapping[str, torch.Tensor],
+    target: Path,
+    explant: str | None,
+) -> SurgicalRecord:
+    """Describe a transplant whose `config.json` is written already.
+
+    Args:
+        organ: What was put in.
+        checkpoint: The recipient.
+        plan: Where each layer of the result comes from.
+        at: Position.
+        mode: `replace` or `insert`.
+        tensors: The result's, by their names on disk.
+        target: The result's folder.
+        explant: The path of what was taken out, relative to `target`.
+    """
+    previous = read_record(checkpoint.directory.path)
+    digests = checkpoint.digests()
+    before = list(previous.layers) if previous else _original_layers(checkpoint, digests)
+    name = unique_name(organ.name, checkpoint)
+    new = {key: tensor_digest(tensor) for key, tensor in tensors.items()}
+    layers = [
+        before[step.layer]
+        if step.source == "recipient"
+        else Origin(organ=name, layer=step.layer, digest=layer_digest(new, checkpoint.layer_prefix, position))
+        for position, step in enumerate(plan.steps)
+    ]
+    operation = Operation(
+        organ=name,
+        organ_version=organ.manifest.version,
+        organ_file_digest=organ.manifest.file_digest,
+        mode=mode,
+        position=at,
+        explant=explant,
+        explant_origins=before[at : at + organ.layer_count] if explant else [],
+        when=now(),
+    )
+    return SurgicalRecord(
+        neurograft_version=__version__,
+        recipient=previous.recipient if previous else checkpoint.directory.name,
+        original_config=previous.original_config
+        if previous
+        else (checkpoint.directory.path / "config.json").read_text(encoding="utf-8"),
+        original_tensors_digest=previous.original_tensors_digest if previous else combine_digests(digests),
+        original_config_digest=previous.original_config_digest if previous else checkpoint.config_digest(),
+        tensors_digest=combine_digests(new),
+        config_digest=file_sha256(target / "config.json"),
+        layers=layers,
+        operations=[*(previous.operations if previous else []), operation],
+    )
+
+
+def _original_layers(checkpoint: Checkpoint, digests: Mapping[str, str]) -> list[Origin]:
+    return [
+        Origin(organ=None, layer=layer, digest=layer_digest(digests, checkpoint.layer_prefix, layer))
+        for layer in range(checkpoint.layer_count)
+    ]
+
+
+def layer_digest(digests: Mapping[str, str], prefix: str, layer: int) -> str:
+    """Combine the digests of one layer's tensors, by their names inside the layer."""
+    start = f"{prefix}{layer}."
+    return combine_digests(
+        {name.removeprefix(start): digest for name, digest in digests.items() if name.startswith(start)}
+    )
+
+
+def unique_name(name: str, checkpoint: Checkpoint) -> str:
+    """Return the organ's name, numbered if one of that name is in the recipient already."""
+    record = read_record(checkpoint.directory.path)
+    taken = {operation.organ for operation in record.operations} if record else set()
+    candidates = [name, *(f"{name[:90]}-{number}" for number in range(2, len(taken) + 2))]
+    return next(candidate for candidate in candidates if candidate not in taken)
