@@ -167,17 +167,21 @@ def _texts(builder: str, options: dict[str, Any], column: str, name: str, split:
 
 @contextmanager
 def _quiet_datasets() -> Iterator[None]:
-    """Silence the progress bars and the log of `datasets`; what goes wrong is raised."""
+    """Silence the progress bars of `datasets`, its log, and the Hub's log of retries; what goes wrong is raised."""
     import datasets
     from datasets.utils import logging
+    from huggingface_hub.utils import logging as hub_logging
 
     level, bars = logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    hub_level = hub_logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
+    hub_logging.set_verbosity(hub_logging.CRITICAL)
     datasets.disable_progress_bars()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        hub_logging.set_verbosity(hub_level)
         if not bars:
             datasets.enable_progress_bars()
 

@@ -60,9 +60,8 @@ def manifest(organ: Manifest, size: int | None = None) -> RenderableType:
             (
                 "training",
                 f"{training.protocol} in {training.host} at position {training.position}: {training.tokens_seen:,} "
-                f"tokens of "
-                f"{training.documents:,} documents, {training.steps} steps, {training.seconds:.0f} s, seed "
-                f"{training.seed}",
+                f"tokens of {training.documents:,} documents, steps: {training.steps}, seed: {training.seed}, "
+                f"{training.seconds:.0f} s",
             )
         )
     for evaluation in organ.evaluations:

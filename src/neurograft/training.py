@@ -171,7 +171,7 @@ def train(
     texts = _read_texts(data, eval_data, chosen, reading)
     trained = _train(organ, host, texts, chosen, trust_remote_code, progress)
     names = {
-        "name": clean_name(name or f"{organ.name}-{chosen.protocol}"),
+        "name": clean_name(name or f"{organ.name.removesuffix(f'-{chosen.protocol}')}-{chosen.protocol}"),
         "version": version or organ.manifest.version,
         "created": now(),
     }
