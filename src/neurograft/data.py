@@ -175,7 +175,7 @@ def _quiet_datasets() -> Iterator[None]:
     level, bars = logging.get_verbosity(), datasets.are_progress_bars_disabled()
     hub_level = hub_logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
-    hub_logging.set_verbosity(hub_logging.CRITICAL)
+    hub_logging.set_verbosity(logging.CRITICAL)
     datasets.disable_progress_bars()
     try:
         yield
