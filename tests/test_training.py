@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from conftest import Factory
-from neurograft import check, evaluate, extract, graft, train, training, transplant
+from neurograft import check, evaluate, extract, graft, train, transplant
 from neurograft.data import pack, tokenize_documents
 from neurograft.errors import DataError, IncompatibleError, NeurograftError, UsageError
 from neurograft.files import tensors_digest
 from neurograft.identity import as_identity
+from neurograft.loss import NextTokenLoss
 from neurograft.models import load_model
 from neurograft.organ import Organ, read_organ
 from tiny import load, logits, make_model, make_tokenizer
@@ -45,7 +46,7 @@ def test_nothing_but_the_organ_changes(
         hosts.append(original(*args, **kwargs))
         return hosts[-1]
 
-    monkeypatch.setattr(training, "load_model", remembered)
+    monkeypatch.setattr("neurograft.training.load_model", remembered)
     before = {name: tensor.clone() for name, tensor in load(donor).state_dict().items()}
     digest = tensors_digest(organ.tensors)
     trained = train(organ, host=donor, data=text, protocol=protocol, **QUICK)
@@ -81,8 +82,10 @@ def test_the_manifest_claims_what_the_file_does(
         pack(tokenize_documents(_documents(text), make_tokenizer()), sequence_length=16, separator_id=1),
     )
     with torch.no_grad(), graft(model, read_organ(tmp_path / "o.safetensors")):
-        loss, tokens = training.next_token_loss(model, packed.input_ids, packed.labels)
-    assert math.exp(float(loss) / tokens) == pytest.approx(claim.after, rel=1e-5)
+        losses = NextTokenLoss(model)(packed.input_ids, packed.labels)
+    assert math.exp(float(losses.sum()) / int((packed.labels[:, 1:] >= 0).sum())) == pytest.approx(
+        claim.after, rel=1e-5
+    )
 
 
 def _documents(path: Path) -> list[str]:
@@ -196,13 +199,14 @@ def test_a_half_precision_donor_stays_one(text: Path, tmp_path: Path) -> None:
 def test_dropout_acts_in_the_organ_alone(model_directory: Factory, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     donor = model_directory("gpt2")
     modes: list[dict[str, bool]] = []
-    original = training.next_token_loss
+    original = NextTokenLoss.__call__
 
-    def spied(model: Any, *args: Any) -> Any:
-        modes.append({name: module.training for name, module in model.named_modules() if name.endswith("attn_dropout")})
-        return original(model, *args)
+    def spied(loss: NextTokenLoss, *args: Any) -> Any:
+        modules = loss.model.named_modules()
+        modes.append({name: module.training for name, module in modules if name.endswith("attn_dropout")})
+        return original(loss, *args)
 
-    monkeypatch.setattr(training, "next_token_loss", spied)
+    monkeypatch.setattr(NextTokenLoss, "__call__", spied)
     train(extract(donor, layers=(2, 4)), host=donor, data=text, **{**QUICK, "steps": 1})
     trained_on = {name for mode in modes for name, training_mode in mode.items() if training_mode}
     assert trained_on == {"transformer.h.2.attn.attn_dropout", "transformer.h.3.attn.attn_dropout"}
@@ -223,13 +227,13 @@ def test_nothing_is_written_when_training_fails(
         train(organ, host=donor, data="no.txt", output=output)
 
     def diverged(*_: Any) -> Any:
-        return torch.tensor(float("nan"), requires_grad=True), 1
+        return torch.tensor([[float("nan")]], requires_grad=True)
 
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
     for fault, error in ((diverged, NeurograftError), (interrupted, KeyboardInterrupt)):
-        monkeypatch.setattr(training, "next_token_loss", fault)
+        monkeypatch.setattr(NextTokenLoss, "__call__", fault)
         with pytest.raises(error):
             train(organ, host=donor, data=text, output=output, **QUICK)
     assert listing() == []

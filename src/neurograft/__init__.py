@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from neurograft.caching import cache as cache
     from neurograft.compat import check as check
     from neurograft.demonstration import demo as demo
     from neurograft.evaluation import evaluate as evaluate
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Organ": "organ:Organ",
     "attach": "surgery:attach",
+    "cache": "caching:cache",
     "check": "compat:check",
     "demo": "demonstration:demo",
     "detach": "surgery:detach",

@@ -119,8 +119,8 @@ def _running(as_json: bool, doing: str) -> Iterator[_Screen]:
     except NeurograftError as error:
         screen.fail(str(error), type(error).__name__)
         raise typer.Exit(EXIT_ERROR) from error
-    except KeyboardInterrupt:
-        screen.fail("interrupted; nothing was written.", "Interrupted")
+    except KeyboardInterrupt as interrupt:
+        screen.fail(f"interrupted; {str(interrupt) or 'nothing was written'}.", "Interrupted")
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except MemoryError as error:
         screen.fail("the memory is full; nothing was written.", "MemoryError")
@@ -179,7 +179,7 @@ def extract(
 
 def _with_training_options(command: Callable[..., None]) -> Callable[..., None]:
     """Replace `**options` by an option for each field of `TrainingOptions`, where names, defaults and help stand."""
-    from neurograft.training import TrainingOptions
+    from neurograft.training_options import TrainingOptions
 
     own = introspection.signature(command, eval_str=True)
     parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -399,6 +399,22 @@ def remove(
             directory, organ=organ, output=output, overwrite=overwrite, trust_remote_code=trust_remote_code
         )
         screen.result(result, lambda: render.removal(result))
+
+
+@app.command()
+def cache(
+    clear: Annotated[
+        Literal["gguf", "prefix", "demo", "all"] | None,
+        typer.Option("--clear", help="Delete this kind: gguf, prefix, demo or all."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List what is kept to save time (dequantised models, hidden states below organs), or clear it."""
+    with _running(as_json, "reading the cache") as screen:
+        from neurograft import caching, render
+
+        report = caching.cache(clear=clear)
+        screen.result(report, lambda: render.cache(report))
 
 
 @app.command()

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import numpy
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from neurograft.loss import NextTokenLoss
+
 log = logging.getLogger("neurograft")
 
 LoadedModel = tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
@@ -351,15 +353,18 @@ def document_losses(
     """
     import torch
 
+    from neurograft.loss import NextTokenLoss
+
     windows = sorted(_windows(token_lists, sequence_length, separator_id), key=lambda window: len(window.ids))
     sums, counts = [0.0] * len(token_lists), [0] * len(token_lists)
     training = model.training
     model.eval()
     try:
+        losses = NextTokenLoss(model)
         with torch.no_grad():
             for start in range(0, len(windows), batch_size):
                 batch = windows[start : start + batch_size]
-                for window, loss in zip(batch, _window_losses(model, batch, separator_id), strict=True):
+                for window, loss in zip(batch, _window_losses(losses, batch, separator_id), strict=True):
                     sums[window.document] += loss
                     counts[window.document] += window.scored
                 if progress is not None:
@@ -369,7 +374,7 @@ def document_losses(
     return list(zip(sums, counts, strict=True))
 
 
-def _window_losses(model: PreTrainedModel, batch: Sequence[_Window], padding: int) -> list[float]:
+def _window_losses(loss: NextTokenLoss, batch: Sequence[_Window], padding: int) -> list[float]:
     """Return the sum of the losses of each window's scored tokens."""
     import torch
 
@@ -382,15 +387,7 @@ def _window_losses(model: PreTrainedModel, batch: Sequence[_Window], padding: in
         ids[row, :length] = torch.tensor(window.ids)
         labels[row, length - window.scored : length] = ids[row, length - window.scored : length]
         mask[row, :length] = 1
-    device = next(model.parameters()).device
-    logits = model(
-        input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
-    ).logits  # (B, T, vocabulary)
-    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=text_data.IGNORED_LABEL).to(device)  # (B, T)
-    loss = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=text_data.IGNORED_LABEL, reduction="none"
-    )  # (B * T,)
-    return [float(value) for value in loss.view(len(batch), -1).double().sum(dim=1)]
+    return [float(value) for value in loss(ids, labels, mask).double().sum(dim=1)]
 
 
 def _result(name: str, own: _Scores, other: _Scores | None, seed: int, samples: int) -> DataSetResult:

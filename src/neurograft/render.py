@@ -12,6 +12,7 @@ from rich.text import Text
 from neurograft.files import human_bytes
 
 if TYPE_CHECKING:
+    from neurograft.caching import CacheReport
     from neurograft.compat import CheckReport
     from neurograft.evaluation import EvaluationReport
     from neurograft.manifest import Manifest, SurgicalRecord
@@ -113,6 +114,17 @@ def record(surgery: SurgicalRecord, output: str) -> RenderableType:
         ("tensors digest", surgery.tensors_digest),
     ]
     return facts(output, rows)
+
+
+def cache(report: CacheReport) -> RenderableType:
+    """Render what the cache holds or held."""
+    table = Table(title=f"{report.folder}{', deleted' if report.cleared else ''}", title_justify="left")
+    for column in ("kind", "name", "size", "last used"):
+        table.add_column(column, justify="right" if column == "size" else "left")
+    for entry in report.entries:
+        table.add_row(entry.kind, entry.name, human_bytes(entry.bytes), entry.used)
+    table.add_row("", "in all", human_bytes(sum(entry.bytes for entry in report.entries)), "")
+    return table
 
 
 def removal(result: Removal) -> RenderableType:

@@ -29,16 +29,18 @@ _attached: weakref.WeakKeyDictionary[PreTrainedModel, list[Attachment]] = weakre
 
 
 @dataclass
-class _Undo:
+class Undo:
     """Attributes that were overwritten, in order, with the very objects that stood there."""
 
     saved: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
 
     def set(self, attributes: dict[str, Any], name: str, value: Any) -> None:
+        """Overwrite one of an object's own attributes, given as its `vars()`."""
         self.saved.append((attributes, name, attributes.get(name, _MISSING)))
         attributes[name] = value
 
     def restore(self) -> None:
+        """Put back what stood there, last first."""
         while self.saved:
             attributes, name, value = self.saved.pop()
             if value is _MISSING:
@@ -62,7 +64,7 @@ class Attachment:
     layers: list[nn.Module]
     removed: list[nn.Module]
     _original: list[nn.Module]
-    _undo: _Undo
+    _undo: Undo
 
 
 def attach(
@@ -183,7 +185,7 @@ def _swap(model: PreTrainedModel, skeleton: PreTrainedModel, plan: Plan, organ: 
     original = list(container.children())
     new = _make_layers(model, organ, plan, original[0])
     source = {"recipient": original, "organ": new}
-    undo = _Undo()
+    undo = Undo()
     try:
         _patch_outside(model, skeleton, plan, path, undo)
         _set_layers(container, [source[step.source][step.layer] for step in plan.steps])
@@ -241,7 +243,7 @@ def _set_layers(container: nn.Module, layers: list[nn.Module]) -> None:
         container._modules[str(index)] = layer
 
 
-def _patch_numbers(container: nn.Module, plan: Plan, skeleton: PreTrainedModel, path: str, undo: _Undo) -> None:
+def _patch_numbers(container: nn.Module, plan: Plan, skeleton: PreTrainedModel, path: str, undo: Undo) -> None:
     """Tell every layer its new number, wherever it keeps it.
 
     What differs between a layer's facts in the planned skeleton and its present ones can only be its number, or a list
@@ -262,7 +264,7 @@ def _patch_numbers(container: nn.Module, plan: Plan, skeleton: PreTrainedModel, 
             undo.set(vars(layer.get_submodule(module_path)), attribute, value)
 
 
-def _patch_outside(model: nn.Module, skeleton: nn.Module, plan: Plan, path: str, undo: _Undo) -> None:
+def _patch_outside(model: nn.Module, skeleton: nn.Module, plan: Plan, path: str, undo: Undo) -> None:
     """Update what modules outside the layers remember of the configuration since they were built."""
     changes = differences(outside_facts(skeleton, path), outside_facts(plan.skeleton, path))
     for name, (old, value) in changes.items():
@@ -279,7 +281,7 @@ def _patch_outside(model: nn.Module, skeleton: nn.Module, plan: Plan, path: str,
         undo.set(vars(model.get_submodule(module_path)), attribute, value)
 
 
-def _patch_configs(model: PreTrainedModel, plan: Plan, undo: _Undo) -> None:
+def _patch_configs(model: PreTrainedModel, plan: Plan, undo: Undo) -> None:
     """Write the new per-layer values into the model's configuration, and into any copies that its modules hold."""
     rows = describe(plan.skeleton).rows
     values = changed_values(model.config, list(rows))

@@ -1,0 +1,137 @@
+"""The next-token loss through a frozen head, without ever holding all the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from neurograft.data import IGNORED_LABEL
+from neurograft.surgery import Undo
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+# Positions whose logits exist at a time. On CPUs the time hardly depends on it from 64 to 1024; the memory does.
+CHUNK = 256
+
+
+class NextTokenLoss:
+    """The next-token losses of a causal language model.
+
+    Most models end in a plain linear head. Where that is so, which is found by trying, and the head is frozen, the loss
+    and its gradient are computed a few positions at a time: the logits, (B, T, vocabulary), are the largest tensor of a
+    training step by far, and they never exist. Everywhere else they do.
+
+    Args:
+        model: A causal language model.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model: Any = model
+        self.head = _plain_head(model)
+
+    def __call__(
+        self, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the losses in nats, (B, T), 0 where no loss is wanted.
+
+        Args:
+            input_ids: (B, T) token ids.
+            labels: (B, T), the same with -100 where no loss is wanted; the logits at t predict the label at t + 1.
+            attention_mask: (B, T), 0 where padded; left out, nothing is.
+        """
+        device = self.model.device
+        arguments = {"input_ids": input_ids.to(device), "use_cache": False}
+        if attention_mask is not None:
+            arguments["attention_mask"] = attention_mask.to(device)
+        targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).to(device)  # (B, T)
+        if self.head is None or any(parameter.requires_grad for parameter in self.head.parameters()):
+            logits = self.model(**arguments).logits  # (B, T, vocabulary)
+            losses = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
+            )
+            return losses.view_as(targets)
+        with _passing(self.head):
+            hidden = self.model(**arguments).logits  # (B, T, C)
+        wanted = targets != IGNORED_LABEL
+        losses = frozen_head_losses(hidden[wanted], self.head.weight, self.head.bias, targets[wanted])
+        return losses.new_zeros(targets.shape).masked_scatter(wanted, losses)
+
+
+def frozen_head_losses(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+) -> torch.Tensor:
+    """Return the cross-entropy of each position under a linear head that gets no gradient, (N,) in nats, float32.
+
+    `torch.nn.functional.linear_cross_entropy` does the same for heads that are trained; on CPUs its chunks cost several
+    times what the plain computation does, and these cost less than it.
+
+    Args:
+        hidden: (N, C) what enters the head.
+        weight: (V, C) of the head.
+        bias: (V,) of the head, or `None`.
+        targets: (N,) indices of the right classes.
+    """
+    return _FrozenHeadLosses.apply(hidden, weight, bias, targets)
+
+
+class _FrozenHeadLosses(torch.autograd.Function):
+    """Computes the gradient along with the loss, while a chunk's logits are there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+    ) -> torch.Tensor:
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            logits = torch.nn.functional.linear(hidden[chunk], weight, bias).float()  # (n, V)
+            if gradient is None:
+                losses[chunk] = torch.nn.functional.cross_entropy(logits, targets[chunk], reduction="none")
+                continue
+            right = targets[chunk, None]  # (n, 1)
+            right_logits, largest = logits.gather(1, right), logits.amax(dim=1, keepdim=True)
+            torch.softmax(logits, dim=1, out=logits)
+            # The log of the largest probability, unlike that of the right one, can't underflow.
+            losses[chunk] = (largest - logits.amax(dim=1, keepdim=True).log() - right_logits).squeeze(1)
+            logits.scatter_add_(1, right, torch.full_like(right_logits, -1.0))
+            gradient[chunk] = logits.to(weight.dtype) @ weight
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors  # (N, C)
+        return gradient * outer[0][:, None].to(gradient), None, None, None
+
+
+def _plain_head(model: Any) -> nn.Linear | None:
+    """Return the head if the model's logits are what that linear layer gives and nothing is done to them after it."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear) or type(head).forward is not torch.nn.Linear.forward:
+        return None
+    entered: list[torch.Tensor] = []
+    handle = head.register_forward_pre_hook(lambda _, args: entered.append(args[0].clone()))
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=torch.arange(4, device=model.device)[None], use_cache=False).logits  # (1, 4, V)
+            plain = len(entered) == 1 and torch.equal(logits, head(entered[0]))
+    finally:
+        handle.remove()
+    return head if plain else None
+
+
+@contextmanager
+def _passing(head: nn.Linear) -> Iterator[None]:
+    """Let the head return what it is given."""
+    undo = Undo()
+    undo.set(vars(head), "forward", lambda hidden: hidden)
+    try:
+        yield
+    finally:
+        undo.restore()

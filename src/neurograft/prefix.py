@@ -1,0 +1,267 @@
+"""What enters an organ while it trains: computed once for each sequence, kept on disk, and reused.
+
+The layers below an organ are frozen, so the hidden states that they hand to it never change. With them on disk, neither
+those layers nor their arithmetic are needed from the second pass on, or at all if an earlier run has left them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from neurograft.anatomy import describe
+from neurograft.errors import NeurograftError, UsageError
+from neurograft.files import combine_digests, explained_os_errors, human_bytes, tensor_digest
+from neurograft.surgery import Undo
+from neurograft.training_options import CacheDtype
+
+if TYPE_CHECKING:
+    import numpy
+    from torch import nn
+    from transformers import PreTrainedModel
+
+log = logging.getLogger("neurograft")
+
+Give = Sequence[int] | torch.Tensor
+
+
+class PrefixCache:
+    """Hidden states of N sequences on disk, (N, T, C), each there or not yet there.
+
+    Args:
+        folder: Where the files lie; made if needed.
+        rows: N.
+        tokens: T.
+        width: C.
+        dtype: How they are stored; they are rounded to it once.
+
+    Raises:
+        NeurograftError: The folder can't be written to.
+    """
+
+    def __init__(self, folder: Path, *, rows: int, tokens: int, width: int, dtype: CacheDtype) -> None:
+        import numpy
+
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.shape = (rows, tokens, width)
+        with explained_os_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._states = _mapped(folder / "states.bin", numpy.uint8, (rows, tokens * width * self.dtype.itemsize))
+            # Written after the states are on the disk: a row that an interruption cut short does not count as there.
+            self._there = _mapped(folder / "there.bin", numpy.uint8, (rows,))
+
+    def has(self, rows: Give) -> bool:
+        """Whether all these rows are there."""
+        return bool(self._there[list(map(int, rows))].all())
+
+    def read(self, rows: Give) -> torch.Tensor:
+        """Return the states of some rows, (len(rows), T, C), in the dtype that they are stored in."""
+        raw = torch.from_numpy(self._states[list(map(int, rows))])  # fancy indexing copies
+        return raw.view(self.dtype).view(len(rows), *self.shape[1:])
+
+    def write(self, rows: Give, states: torch.Tensor) -> None:
+        """Store the states of some rows, (len(rows), T, C)."""
+        chosen = list(map(int, rows))
+        raw = states.detach().to("cpu", self.dtype).contiguous().view(len(chosen), -1).view(torch.uint8)
+        self._states[chosen] = raw.numpy()
+        self._states.flush()
+        self._there[chosen] = 1
+        self._there.flush()
+
+
+def _mapped(path: Path, dtype: Any, shape: tuple[int, ...]) -> numpy.memmap:
+    """Map a file of zeros into memory; one that is there already keeps what it holds."""
+    import math
+
+    import numpy
+
+    size = math.prod(shape) * numpy.dtype(dtype).itemsize
+    if not path.is_file() or path.stat().st_size != size:
+        with path.open("wb") as stream:
+            stream.truncate(size)
+    return numpy.memmap(path, dtype=dtype, mode="r+", shape=shape)
+
+
+@dataclass
+class _Below:
+    """How the layers below pass a hidden state on."""
+
+    tuples: list[tuple[Any, ...] | None]
+    """What stands behind the hidden state in each one's output; `None` where it is returned bare."""
+
+
+class Prefix:
+    """Runs a model from a layer on, with given hidden states in the place of what the layers before it compute.
+
+    The layers stay where they are, so masks, positions, kinds and numbers are the model's own; they only hand on what
+    they are given. That the logits stay the same is tried out first.
+
+    Args:
+        model: A causal language model in which nothing below `position` trains.
+        position: Number of the first layer that is to run, at least 1.
+    """
+
+    def __init__(self, model: PreTrainedModel, position: int) -> None:
+        self.model: Any = model
+        layers = list(model.get_submodule(describe(model).layers_path).children())
+        self.below, self.first = layers[:position], layers[position]
+        self._learned: _Below | None = None
+
+    def works(self) -> bool:
+        """Try whether given hidden states lead to the same logits, to the bit, as computed ones."""
+        if not self.below:
+            return False
+        ids = (torch.arange(12, device=self.model.device) % int(self.model.config.vocab_size))[None]  # (1, T)
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                computed = self.model(input_ids=ids, use_cache=False).logits
+                entering = self.entering(ids)
+                self._learned = _learn(self._outputs(ids), ids)
+                if self._learned is None or entering.shape[:2] != ids.shape or entering.dim() != 3:
+                    return False
+                with self.given(entering):
+                    same = torch.equal(self.model(input_ids=ids, use_cache=False).logits, computed)
+                # Something else must lead elsewhere, or the layers would not be reading what they are given.
+                with self.given(entering.roll(1, dims=1)):
+                    return same and not torch.equal(self.model(input_ids=ids, use_cache=False).logits, computed)
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+            log.info("the hidden states below the organ can't be reused (%s)", error)
+            return False
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+    def _outputs(self, ids: torch.Tensor) -> list[Any]:
+        """Run the model; return what each layer below returned."""
+        outputs: list[Any] = []
+        handles = [layer.register_forward_hook(lambda _m, _a, output: outputs.append(output)) for layer in self.below]
+        try:
+            self.model(input_ids=ids, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return outputs
+
+    def entering(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return what enters the first layer that is to run, (B, T, C), for (B, T) token ids; nothing above it runs."""
+
+        def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise _ReachedError(args[0] if args else kwargs["hidden_states"])
+
+        handle = self.first.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            with torch.no_grad():
+                self.model(input_ids=input_ids.to(self.model.device), use_cache=False)
+        except _ReachedError as reached:
+            return reached.states
+        finally:
+            handle.remove()
+        raise RuntimeError("the first layer that is to run was not reached")
+
+    @contextmanager
+    def given(self, states: torch.Tensor) -> Iterator[None]:
+        """Let the first layer that runs be entered by `states`, (B, T, C), and nothing be computed before it."""
+        if self._learned is None:
+            raise UsageError("ask whether it works first.")
+
+        def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
+
+        handle, undo = self.first.register_forward_pre_hook(enter, with_kwargs=True), Undo()
+        try:
+            for layer, rest in zip(self.below, self._learned.tuples, strict=True):
+                undo.set(vars(layer), "forward", _hand_on(rest))
+            yield
+        finally:
+            undo.restore()
+            handle.remove()
+
+
+class _ReachedError(Exception):
+    """Ends a forward pass where the rest of it is not needed."""
+
+    def __init__(self, states: torch.Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+
+def _hand_on(rest: tuple[Any, ...] | None) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return hidden if rest is None else (hidden, *rest)
+
+    return forward
+
+
+def _learn(outputs: list[Any], ids: torch.Tensor) -> _Below | None:
+    """Note how each layer below returns its hidden state; `None` if one returns other tensors beside it."""
+    tuples: list[tuple[Any, ...] | None] = []
+    for output in outputs:
+        if isinstance(output, torch.Tensor) and output.shape[:2] == ids.shape:
+            tuples.append(None)
+        elif type(output) is tuple and all(item is None for item in output[1:]):
+            tuples.append(output[1:])
+        else:
+            return None
+    return _Below(tuples)
+
+
+def below_digest(model: PreTrainedModel, position: int) -> str:
+    """Return a digest of everything that decides what enters layer `position`: weights below it and configuration."""
+    path = describe(model).layers_path
+    later = tuple(f"{path}.{number}." for number in range(position, len(list(model.get_submodule(path).children()))))
+    head = {id(p) for p in getattr(model.get_output_embeddings(), "parameters", list)()}
+    tied = {id(p) for p in model.get_input_embeddings().parameters()}
+    digests = {
+        name: tensor_digest(tensor)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if not name.startswith(later) and (id(tensor) not in head or id(tensor) in tied)
+    }
+    config = json.dumps(model.config.to_diff_dict(), sort_keys=True, default=str)
+    return hashlib.sha256(f"{combine_digests(digests)}{position}{config}{model.dtype}".encode()).hexdigest()
+
+
+def cache_for(
+    folder: Path, model: PreTrainedModel, position: int, input_ids: torch.Tensor, *, dtype: CacheDtype, needed: bool
+) -> PrefixCache | None:
+    """Open the cache for some packed text in a host, under the digest of everything that it depends on.
+
+    Args:
+        folder: Folder of all such caches.
+        model: The host.
+        position: Number of the first layer that is to run.
+        input_ids: (N, T) the packed text.
+        dtype: How the states are stored.
+        needed: Whether too little disk is an error; otherwise there is no cache then.
+
+    Raises:
+        NeurograftError: The disk has no room for it.
+    """
+    import shutil
+
+    key = hashlib.sha256(
+        f"{below_digest(model, position)}{tensor_digest(input_ids)}{dtype}{torch.__version__}".encode()
+    ).hexdigest()
+    target, width = folder / key[:32], int(model.config.hidden_size)
+    size = input_ids.numel() * width * getattr(torch, dtype).itemsize
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if not target.is_dir() and size > free:
+        sentence = (
+            f"the hidden states below the organ take {human_bytes(size)}, and {folder} has {human_bytes(free)} free"
+        )
+        if needed:
+            raise NeurograftError(f"{sentence}; use a narrower --cache-dtype, or --cache-prefix never.")
+        log.info("%s, so they are computed anew each time", sentence)
+        return None
+    return PrefixCache(target, rows=len(input_ids), tokens=input_ids.shape[1], width=width, dtype=dtype)

@@ -1,0 +1,82 @@
+"""What an interrupted training run leaves beside its output, so that the same command goes on from there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from neurograft.errors import UsageError
+from neurograft.files import atomic_file
+
+if TYPE_CHECKING:
+    import torch
+
+_METADATA_KEY = "neurograft-run"
+
+
+class RunState(BaseModel):
+    """Where a run stands, but for its tensors."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    key: str
+    """Digest of all that the run depends on: options, text, organ and host."""
+    step: int = 0
+    """Optimizer steps that were done."""
+    tokens_seen: int = 0
+    seconds: float = 0.0
+    window: list[float] = []
+    """Training losses of the steps since the last evaluation, nats per token."""
+    losses: list[tuple[int, float]] = []
+    """(step, mean training loss since the evaluation before it, nats per token)."""
+    held_out: list[tuple[int, float]] = []
+    """(step, mean held-out loss, nats per token), from step 0."""
+    best: int = 0
+    """Index of the best entry of `held_out`."""
+
+
+def state_path(output: Path) -> Path:
+    """Return where the state of a run that writes `output` lies."""
+    return output.with_name(f"{output.name}.resume")
+
+
+def save_state(path: Path, state: RunState, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a run's state and tensors as one safetensors file, atomically.
+
+    Raises:
+        NeurograftError: The disk is full or the folder can't be written to.
+    """
+    from safetensors.torch import save_file
+
+    with atomic_file(path, overwrite=True) as temporary:
+        save_file(tensors, temporary, metadata={_METADATA_KEY: state.model_dump_json()})
+
+
+def load_state(path: Path, key: str) -> tuple[RunState, dict[str, torch.Tensor]] | None:
+    """Read what an interrupted run left; `None` if there is nothing.
+
+    Args:
+        path: The file.
+        key: The digest of what the present run depends on.
+
+    Raises:
+        UsageError: The file is of another run, or can't be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as stream:
+            state = RunState.model_validate(json.loads((stream.metadata() or {})[_METADATA_KEY]))
+            if state.key == key:
+                return state, {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    except (SafetensorError, ValidationError, KeyError, ValueError, OSError) as error:
+        raise UsageError(f"{path} is not what an interrupted training run leaves; delete it to begin anew.") from error
+    raise UsageError(
+        f"{path} is what an interrupted run with other options, text, organ or host left; give those again to go on, "
+        "or delete it to begin anew."
+    )

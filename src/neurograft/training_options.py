@@ -1,0 +1,86 @@
+"""How to train: the options of `train`, with their meaning, units and limits, in one place."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from neurograft.errors import UsageError
+from neurograft.manifest import Protocol
+
+CacheDtype = Literal["float32", "bfloat16", "float16"]
+
+
+class TrainingOptions(BaseModel):
+    """How to train; every value has its meaning and unit here, and the command line reads them from here."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    protocol: Protocol = "in_place"
+    """`in_place`: the organ's layers train where they stand in the frozen host. `insert`: they start as identities
+    between the host's layers. `standalone`: they train alone between its embedding and head (arXiv 2601.13580)."""
+    at: int | None = None
+    """Position in the host; left out, what the organ recommends."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Stop after this many training tokens, over as many passes through the text as it takes."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Stop after this many passes through the training text; 1 if no other limit is given."""
+    steps: int | None = Field(default=None, ge=1)
+    """Stop after this many optimizer steps."""
+    sequence_length: int = Field(default=256, ge=2)
+    """Tokens in a training sequence."""
+    batch_size: int = Field(default=4, ge=1)
+    """Sequences in an optimizer step."""
+    lr: float = Field(default=1e-3, gt=0, lt=1)
+    """Peak learning rate of AdamW."""
+    warmup: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises; after it, it falls to a tenth along a cosine."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay of AdamW."""
+    clip: float = Field(default=1.0, gt=0)
+    """Largest norm of the gradient over all of the organ."""
+    strength: float = Field(default=1.0, gt=0, le=1)
+    """Share of the way from the starting weights to the best trained ones that is kept. Less than 1 gives up some of
+    the gain and keeps more of what the model could do before (weight-space ensembling, arXiv 2109.01903)."""
+    seed: int = 0
+    """Seed of the order of sequences, of the held-out share and of dropout."""
+    held_out: float = Field(default=0.1, gt=0, lt=1)
+    """Share of the documents kept for evaluation where no evaluation data is given."""
+    eval_tokens: int = Field(default=8192, ge=2)
+    """At most this many held-out tokens are evaluated each time."""
+    evaluations: int = Field(default=4, ge=1)
+    """How many times the held-out text is evaluated during training."""
+    patience: int = Field(default=2, ge=1)
+    """Stop early after this many evaluations in a row without a better one; the best weights are kept."""
+
+    cache_prefix: Literal["auto", "always", "never"] = "auto"
+    """Whether the hidden states that enter the organ are kept on disk, so that the frozen layers below it run once for
+    each sequence: `auto` keeps those of the held-out text, and of the training text if a run goes over it again."""
+    cache_dtype: CacheDtype = "float32"
+    """How they are kept: narrower takes less disk, and rounds them once."""
+    checkpoint_every: float = Field(default=60.0, ge=0)
+    """Seconds between two saves of the run's state, beside the output, from which the same command goes on if it is
+    interrupted."""
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> TrainingOptions:
+        given = [name for name in ("max_tokens", "epochs", "steps") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} both say when to stop; give one")
+        return self
+
+
+def parse_options(**values: Any) -> TrainingOptions:
+    """Build training options from keyword values, leaving out those that are `None`.
+
+    Raises:
+        UsageError: A value is not as the option allows; one sentence names it.
+    """
+    try:
+        return TrainingOptions(**{name: value for name, value in values.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = "--" + "-".join(map(str, first["loc"])).replace("_", "-") + ": " if first["loc"] else ""
+        shown = f" (it is {first['input']!r})" if first["loc"] else ""
+        raise UsageError(f"{place}{first['msg'].removeprefix('Value error, ')}{shown}.") from error

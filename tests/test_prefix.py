@@ -1,0 +1,96 @@
+"""Hidden states below the organ: the same whether computed or read, and only what they depend on makes them stale."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from neurograft.errors import NeurograftError
+from neurograft.prefix import Prefix, PrefixCache, below_digest, cache_for
+from tiny import CONFIGS, LAYERS, make_model, token_ids
+
+
+@pytest.mark.parametrize("kind", sorted(CONFIGS))
+@pytest.mark.parametrize("position", [1, 3, LAYERS - 1])
+def test_given_states_lead_to_the_same_logits_and_gradients(kind: str, position: int) -> None:
+    model: Any = make_model(kind)
+    prefix = Prefix(model, position)
+    assert prefix.works()
+    ids = token_ids(20).view(2, 10)
+    states = prefix.entering(ids)
+    assert states.shape[:2] == ids.shape
+    model.requires_grad_(False)
+    prefix.first.requires_grad_(True)
+    computed = model(input_ids=ids, use_cache=False).logits
+    expected = torch.autograd.grad(computed.logsumexp(-1).sum(), list(prefix.first.parameters()), allow_unused=True)
+    with prefix.given(states):
+        given = model(input_ids=ids, use_cache=False).logits
+    found = torch.autograd.grad(given.logsumexp(-1).sum(), list(prefix.first.parameters()), allow_unused=True)
+    assert torch.equal(given, computed)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert torch.equal(model(input_ids=ids, use_cache=False).logits, computed)
+
+
+def test_the_layers_below_do_not_run() -> None:
+    model: Any = make_model("llama")
+    prefix, ids = Prefix(model, 3), token_ids(10)
+    assert prefix.works()
+    states = prefix.entering(ids)
+    ran: list[int] = []
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(lambda *_, number=number: ran.append(number))
+    prefix.entering(ids)
+    assert ran == [0, 1, 2]
+    ran.clear()
+    with prefix.given(states):
+        model(input_ids=ids)
+    assert ran == [3, 4, 5]
+
+
+def test_a_model_that_carries_more_than_hidden_states_is_not_cached() -> None:
+    model: Any = make_model("llama")
+    below, above = model.model.layers[0], model.model.layers[3]
+    seen: list[torch.Tensor] = []
+    below.register_forward_hook(lambda _m, _a, output: seen.append(output.sum()))
+    above.register_forward_hook(lambda _m, _a, output: output + seen[-1])
+    assert not Prefix(model, 2).works()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_states_come_back(dtype: Any, tmp_path: Path) -> None:
+    states = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    cache = PrefixCache(tmp_path / "c", rows=6, tokens=4, width=5, dtype=dtype)
+    cache.write([4, 0, 2], states)
+    again = PrefixCache(tmp_path / "c", rows=6, tokens=4, width=5, dtype=dtype)
+    assert again.has([0, 2, 4]) and not again.has([0, 1])
+    assert torch.equal(again.read([2, 4]), states[[2, 0]].to(getattr(torch, dtype)))
+
+
+def test_a_cache_is_found_again_only_for_the_same_prefix_and_text(tmp_path: Path) -> None:
+    model: Any = make_model("llama")
+    digest = below_digest(model, 2)
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight.add_(1.0)
+        model.lm_head.weight.add_(1.0)
+        assert below_digest(model, 2) == digest != below_digest(model, 3)
+        model.model.layers[1].mlp.up_proj.weight.add_(1e-6)
+    assert below_digest(model, 2) != digest
+    for ids in (token_ids(20).view(2, 10), token_ids(20).view(2, 10).flip(0)):
+        cache_for(tmp_path, model, 2, ids, dtype="float32", needed=True)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_too_little_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    model, ids = make_model("llama"), token_ids(20).view(2, 10)
+    assert cache_for(tmp_path, model, 2, ids, dtype="float32", needed=False) is None
+    with pytest.raises(NeurograftError, match=r"take 2\.6 kB, and .* has 1\.0 kB free; use a narrower --cache-dtype"):
+        cache_for(tmp_path, model, 2, ids, dtype="float32", needed=True)
+    assert list(tmp_path.iterdir()) == []
