@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from neurograft import data, evaluation, extraction, surgery, training
+from neurograft import data, evaluation, extraction, surgery
 from neurograft.demonstration import find_ontology, find_packaged_model, read_definitions, read_reference
 from neurograft.models import load_model, load_tokenizer
 from neurograft.organ import Organ
+from neurograft.training import protocols
 from render import describe_run
 
 RESULT = Path(__file__).parent / "results" / "protocols.json"
@@ -35,7 +36,7 @@ def main() -> None:
         organ = extraction.extract(host, layers=LAYERS)
         for protocol in ("in_place", "insert", "standalone"):
             started = time.monotonic()
-            trained = training.train(
+            trained = protocols.train(
                 organ,
                 host=host,
                 data=texts["training"],

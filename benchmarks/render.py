@@ -27,7 +27,7 @@ def describe_run(command: str) -> dict[str, str]:
     """Return what a reader needs to judge or repeat a measurement: command, date, machine, versions."""
     import os
 
-    from neurograft.training import versions
+    from neurograft.training.protocols import versions
 
     return {
         "command": command,

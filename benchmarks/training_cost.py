@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 
-from neurograft import extraction, surgery, training_loop
+from neurograft import extraction, surgery
 from neurograft.demonstration import find_ontology, find_packaged_model, read_definitions
 from neurograft.models import load_model, load_tokenizer
-from neurograft.training_options import TrainingOptions
+from neurograft.training import loop
+from neurograft.training.options import TrainingOptions
 from render import describe_run
 
 RESULT = Path(__file__).parent / "results" / "training_cost.json"
@@ -76,11 +77,11 @@ def measure(position: int, way: str) -> dict[str, float]:
         cache_prefix="always" if way == WAYS[2] else "never",
     )
     documents = read_definitions(find_ontology())
-    texts = training_loop.Texts(documents[: STEPS * BATCH_SIZE * 8], documents[-4:])
-    batches = training_loop.Batches.build(texts, tokenizer, options)
+    texts = loop.Texts(documents[: STEPS * BATCH_SIZE * 8], documents[-4:])
+    batches = loop.Batches.build(texts, tokenizer, options)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["NEUROGRAFT_CACHE"] = folder
-        run: Any = training_loop.TrainingRun(model, attachment.layers, position, batches, options)
+        run: Any = loop.TrainingRun(model, loop.Trainee.of_layers(attachment.layers, position), batches, options)
         if way == WAYS[0]:
             run.loss.head = None
         rows = [list(range(n * BATCH_SIZE, (n + 1) * BATCH_SIZE)) for n in range(STEPS)]

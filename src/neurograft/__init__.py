@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from neurograft.surgery import attach as attach
     from neurograft.surgery import detach as detach
     from neurograft.surgery import graft as graft
-    from neurograft.training import train as train
+    from neurograft.training.protocols import train as train
     from neurograft.transplantation import transplant as transplant
 
     inspect = read_manifest
@@ -37,7 +37,7 @@ _HOMES = {
     "graft": "surgery:graft",
     "inspect": "organ:read_manifest",
     "remove": "removal:remove",
-    "train": "training:train",
+    "train": "training.protocols:train",
     "transplant": "transplantation:transplant",
 }
 __all__ = [*sorted(_HOMES), "__version__"]  # pyright: ignore

@@ -179,7 +179,7 @@ def extract(
 
 def _with_training_options(command: Callable[..., None]) -> Callable[..., None]:
     """Replace `**options` by an option for each field of `TrainingOptions`, where names, defaults and help stand."""
-    from neurograft.training_options import TrainingOptions
+    from neurograft.training.options import TrainingOptions
 
     own = introspection.signature(command, eval_str=True)
     parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -232,10 +232,11 @@ def train(
 ) -> None:
     """Train an organ on domain text inside a frozen host."""
     with _running(as_json, "reading the organ") as screen:
-        from neurograft import render, training
+        from neurograft import render
+        from neurograft.training import protocols
 
         with _training_display(screen) as progress:
-            trained = training.train(
+            trained = protocols.train(
                 organ,
                 host=host,
                 data=data,

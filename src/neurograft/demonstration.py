@@ -270,13 +270,14 @@ class _Story:
         self._say(f"{len(clinical):,} clinical definitions to train on, {len(clinical_held_out):,} held out")
 
     def _hospital(self) -> Path:
-        from neurograft import extraction, training
+        from neurograft import extraction
+        from neurograft.training import protocols
 
         settings = self.settings
         with self._chapter("hospital: extract layers 10, 11 and 12 of SmolLM2-135M-Instruct"):
             organ = extraction.extract(self.gguf, layers="10:13", name="clinical", license="Apache-2.0")
         with self._chapter("hospital: train them in place, everything else frozen"):
-            trained = training.train(
+            trained = protocols.train(
                 organ,
                 host=self.gguf,
                 data=self.hospital / "reports.jsonl",
@@ -329,16 +330,17 @@ class _Story:
         """Grow the packaged model by two identity layers, then train all layers a little on the site's own text."""
         import torch
 
-        from neurograft import extraction, models, surgery, training
+        from neurograft import extraction, models, surgery
         from neurograft.anatomy import describe
         from neurograft.identity import as_identity
+        from neurograft.training import protocols
 
         settings = self.settings
         layers = (_GROWN_AT, _GROWN_AT + _GROWN_LAYERS)
         identity = as_identity(extraction.extract(self.gguf, layers=layers, name="growth"))
         model, tokenizer = models.load_model(self.gguf, dtype=torch.float32), models.load_tokenizer(self.gguf)
         surgery.attach(model, identity, at=_GROWN_AT, mode="insert")
-        training.tune_layers(
+        protocols.tune_layers(
             model,
             tokenizer,
             text_data.read_documents(self.site / "documentation.jsonl"),

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from neurograft.training_loop import TrainingProgress
+    from neurograft.training.loop import TrainingProgress
 
 
 def training_line(progress: TrainingProgress) -> str:

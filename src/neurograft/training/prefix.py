@@ -21,7 +21,7 @@ from neurograft.anatomy import describe
 from neurograft.errors import NeurograftError, UsageError
 from neurograft.files import combine_digests, explained_os_errors, human_bytes, tensor_digest
 from neurograft.surgery import Undo
-from neurograft.training_options import CacheDtype
+from neurograft.training.options import CacheDtype
 
 if TYPE_CHECKING:
     import numpy

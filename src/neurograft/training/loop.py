@@ -19,9 +19,9 @@ from neurograft.data import PackedTokens
 from neurograft.errors import NeurograftError
 from neurograft.loss import NextTokenLoss
 from neurograft.models import cache_directory
-from neurograft.prefix import Prefix, PrefixCache, cache_for
-from neurograft.run_state import RunState, load_state, save_state
-from neurograft.training_options import TrainingOptions
+from neurograft.training.options import TrainingOptions
+from neurograft.training.prefix import Prefix, PrefixCache, cache_for
+from neurograft.training.run_state import RunState, load_state, save_state
 
 if TYPE_CHECKING:
     from torch import nn
@@ -114,14 +114,29 @@ def _first_tokens(documents: list[str], tokenizer: Any, limit: int) -> list[list
     return chosen
 
 
+@dataclass(frozen=True)
+class Trainee:
+    """What trains in a model; everything else in it is frozen."""
+
+    parameters: Sequence[nn.Parameter]
+    modules: Sequence[nn.Module]
+    """Those that are in training mode while it trains."""
+    first_layer: int
+    """Number of the first decoder layer with something that trains; what lies below it runs once for each sequence,
+    where that is possible and wanted. 0 where the embedding trains."""
+
+    @classmethod
+    def of_layers(cls, layers: Sequence[nn.Module], first_layer: int) -> Trainee:
+        """Let all parameters of some decoder layers train."""
+        return cls([parameter for layer in layers for parameter in layer.parameters()], layers, first_layer)
+
+
 class TrainingRun:
-    """One training run: some layers of a model train, everything else in it is frozen.
+    """One training run: something in a model trains, everything else in it is frozen.
 
     Args:
         model: A causal language model, in evaluation mode.
-        layers: The modules that train.
-        position: Number of the first decoder layer that trains; what lies below it runs once for each sequence, where
-            that is possible and wanted.
+        trainee: What trains.
         batches: The text.
         options: How to train.
         progress: Called after each step.
@@ -132,8 +147,7 @@ class TrainingRun:
     def __init__(
         self,
         model: PreTrainedModel,
-        layers: Sequence[nn.Module],
-        position: int,
+        trainee: Trainee,
         batches: Batches,
         options: TrainingOptions,
         *,
@@ -141,17 +155,17 @@ class TrainingRun:
         resume: Path | None = None,
         key: str = "",
     ) -> None:
-        self.model, self.layers, self.batches, self.options = model, layers, batches, options
+        self.model, self.trainee, self.batches, self.options = model, trainee, batches, options
         self.progress, self.resume = progress, resume
         self.state = RunState(key=key)
         model.requires_grad_(False)
-        self.parameters = [p for layer in layers for p in layer.requires_grad_(True).parameters()]
+        self.parameters = [parameter.requires_grad_(True) for parameter in trainee.parameters]
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=options.lr, betas=(0.9, 0.95), weight_decay=options.weight_decay
         )
         self.loss = NextTokenLoss(model)
-        self._prefix = Prefix(model, position)
-        self._caches = self._open_caches(position)
+        self._prefix = Prefix(model, trainee.first_layer)
+        self._caches = self._open_caches(trainee.first_layer)
         self._start = _copies(self.parameters)
         self._best = self._start
         self._random = torch.get_rng_state()
@@ -260,8 +274,8 @@ class TrainingRun:
         }
 
     def _training_mode(self, training: bool) -> None:
-        for layer in self.layers:
-            layer.train(training)
+        for module in self.trainee.modules:
+            module.train(training)
 
     def _evaluation_is_due(self) -> bool:
         step, every = self.state.step, max(1, math.ceil(self.batches.steps / self.options.evaluations))

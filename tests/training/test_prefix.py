@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from neurograft.errors import NeurograftError
-from neurograft.prefix import Prefix, PrefixCache, below_digest, cache_for
+from neurograft.training.prefix import Prefix, PrefixCache, below_digest, cache_for
 from tiny import CONFIGS, LAYERS, make_model, token_ids
 
 

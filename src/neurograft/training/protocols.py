@@ -22,10 +22,10 @@ from neurograft.layer_weights import load_layers
 from neurograft.manifest import Evaluation, LayerAnatomy, Mode, Protocol, Training
 from neurograft.models import ModelDirectory, fingerprint_tokenizer, load_model, load_tokenizer, resolve
 from neurograft.organ import Organ, clean_name, config_to_json, dtype_name, now, read_organ
-from neurograft.run_state import state_path
 from neurograft.surgery import Attachment, attach, attach_alone, tensors_of
-from neurograft.training_loop import Batches, ProgressCallback, Texts, TrainingRun
-from neurograft.training_options import TrainingOptions, parse_options
+from neurograft.training.loop import Batches, ProgressCallback, Texts, Trainee, TrainingRun
+from neurograft.training.options import TrainingOptions, parse_options
+from neurograft.training.run_state import state_path
 
 if TYPE_CHECKING:
     from torch import nn
@@ -136,8 +136,7 @@ def _train(
     attachment = _place(model, organ, options)
     run = TrainingRun(
         model,
-        attachment.layers,
-        attachment.positions[0],
+        Trainee.of_layers(attachment.layers, attachment.positions[0]),
         batches,
         options,
         progress=progress,
@@ -174,7 +173,7 @@ def tune_layers(
     chosen = parse_options(**options)
     texts = Texts(*data.split_documents(documents, held_out=chosen.held_out, seed=chosen.seed))
     batches = Batches.build(texts, tokenizer, chosen)
-    TrainingRun(model, layers, 0, batches, chosen, progress=progress).train()
+    TrainingRun(model, Trainee.of_layers(layers, 0), batches, chosen, progress=progress).train()
 
 
 def _run_key(organ: Organ, host: ModelDirectory, texts: Texts, options: TrainingOptions) -> str:

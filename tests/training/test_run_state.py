@@ -18,8 +18,8 @@ from neurograft import extract, train
 from neurograft.errors import UsageError
 from neurograft.files import tensors_digest
 from neurograft.organ import Organ, read_organ
-from neurograft.run_state import state_path
-from neurograft.training_loop import TrainingProgress
+from neurograft.training.loop import TrainingProgress
+from neurograft.training.run_state import state_path
 
 OPTIONS: dict[str, Any] = {"epochs": 3, "sequence_length": 16, "batch_size": 2, "evaluations": 3, "patience": 9}
 
