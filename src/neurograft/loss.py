@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,11 @@ class NextTokenLoss:
         self.head = _plain_head(model)
 
     def __call__(
-        self, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        vocabulary: VocabularySample | None = None,
     ) -> torch.Tensor:
         """Return the losses in nats, (B, T), 0 where no loss is wanted.
 
@@ -43,6 +48,8 @@ class NextTokenLoss:
             input_ids: (B, T) token ids.
             labels: (B, T), the same with -100 where no loss is wanted; the logits at t predict the label at t + 1.
             attention_mask: (B, T), 0 where padded; left out, nothing is.
+            vocabulary: Estimate the losses from these tokens; all labels must be among its text's. Left out, or where
+                the head is not plain, losses are over the whole vocabulary.
         """
         device = self.model.device
         arguments = {"input_ids": input_ids.to(device), "use_cache": False}
@@ -58,8 +65,60 @@ class NextTokenLoss:
         with _passing(self.head):
             hidden = self.model(**arguments).logits  # (B, T, C)
         wanted = targets != IGNORED_LABEL
-        losses = frozen_head_losses(hidden[wanted], self.head.weight, self.head.bias, targets[wanted])
+        if vocabulary is None:
+            losses = frozen_head_losses(hidden[wanted], self.head.weight, self.head.bias, targets[wanted])
+        else:
+            losses = frozen_head_losses(hidden[wanted], *vocabulary.head(), vocabulary.places[targets[wanted]])
         return losses.new_zeros(targets.shape).masked_scatter(wanted, losses)
+
+
+class VocabularySample:
+    """The tokens of a text, and a few others that stand for all others: a smaller head for one training step.
+
+    The sum over the whole vocabulary in the loss is estimated, without bias, by counting each drawn token as many times
+    as it stands for (sampled softmax, arXiv 1412.2007, with every token of the text always in the sample). Domain text
+    uses a small part of a vocabulary, and the head is most of what the last layers of a small model cost.
+
+    Args:
+        head: The frozen head.
+        text: Token ids of all labels that will be asked for.
+        others: How many other tokens are drawn for each step.
+    """
+
+    def __init__(self, head: nn.Linear, text: torch.Tensor, others: int) -> None:
+        self._head = head
+        device, size = head.weight.device, head.weight.shape[0]
+        self._own = torch.unique(text).to(device)
+        left = torch.ones(size, dtype=torch.bool, device=device)
+        left[self._own] = False
+        self._left = left.nonzero().squeeze(1)
+        self._others = min(others, len(self._left))
+        self.places = torch.full((size,), -1, device=device)
+        """(V,) place of each token of the text in the smaller head."""
+        self.places[self._own] = torch.arange(len(self._own), device=device)
+        self._own_weight = head.weight.detach()[self._own]  # (own, C)
+        self.draw(0)
+
+    @property
+    def size(self) -> int:
+        """Rows of the smaller head."""
+        return len(self._own) + self._others
+
+    def draw(self, seed: int) -> None:
+        """Choose other tokens; the same seed chooses the same."""
+        generator = torch.Generator().manual_seed(seed)
+        picked = torch.randint(max(len(self._left), 1), (self._others,), generator=generator)
+        self._picked = self._left[picked.to(self._left.device)]
+
+    def head(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the smaller head's weight, (own + others, C), and bias, which counts each drawn token as it must."""
+        weight = torch.cat([self._own_weight, self._head.weight.detach()[self._picked]])
+        bias = weight.new_zeros(len(weight))
+        if self._head.bias is not None:
+            bias += self._head.bias.detach()[torch.cat([self._own, self._picked])]
+        if self._others:
+            bias[len(self._own) :] += math.log(len(self._left) / self._others)
+        return weight, bias
 
 
 def frozen_head_losses(

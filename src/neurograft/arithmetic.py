@@ -1,0 +1,142 @@
+"""How matrices are multiplied: chosen by measuring on this machine, not by the names of processors.
+
+The same float32 product takes less than half the time in one library than in another, and which one wins depends on the
+processor; bfloat16 is several times faster on some machines and slower on others. A second of measuring tells.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("neurograft")
+
+Precision = Literal["auto", "float32", "bfloat16"]
+Kernels = Literal["float32", "float32-onednn", "bfloat16"]
+
+# A relative error that float32 products have and narrower ones exceed a thousandfold.
+_FLOAT32_ERROR = 1e-5
+# How much faster another way must be before it is taken: less could be noise, and a choice should not flicker.
+_WORTH_IT = 1.2
+_ROWS, _WIDTH, _SECONDS, _LEAST = 1024, 512, 0.04, 5
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """One way to multiply matrices.
+
+    Attributes:
+        kernels: `float32`: as torch does by default. `float32-onednn`: on CPUs, by oneDNN, as exact as the default and
+            on some processors more than twice as fast. `bfloat16`: factors rounded to bfloat16, sums in float32
+            (torch's autocast); parameters and their updates stay float32.
+    """
+
+    kernels: Kernels
+
+    @contextmanager
+    def active(self, device: torch.device) -> Iterator[None]:
+        """Multiply this way inside the block, on this device; afterwards as before."""
+        import torch
+
+        autocast: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if self.kernels == "bfloat16":
+            autocast = torch.autocast(device.type, torch.bfloat16)
+        with _onednn(self.kernels == "float32-onednn"), autocast:
+            yield
+
+
+@contextmanager
+def _onednn(wanted: bool) -> Iterator[None]:
+    """Let oneDNN multiply float32 matrices, which torch leaves to another library unless less precision is allowed."""
+    import torch
+
+    if not wanted:
+        yield
+        return
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def choose_arithmetic(precision: Precision, device: torch.device) -> Arithmetic:
+    """Return the fastest way to multiply matrices on a device.
+
+    Args:
+        precision: `float32`: the fastest that is as exact as float32; `bfloat16`: that one; `auto`: bfloat16 where it
+            is faster by a fifth at least, else the fastest float32.
+        device: Where the matrices are.
+    """
+    if precision == "bfloat16":
+        return Arithmetic("bfloat16")
+    seconds = _measured(str(device))
+    exact: dict[Kernels, float] = {kernels: taken for kernels, taken in seconds.items() if kernels != "bfloat16"}
+    best: Kernels = min(exact, key=lambda kernels: exact[kernels])
+    if exact["float32"] < _WORTH_IT * exact[best]:
+        best = "float32"
+    if precision == "auto" and exact[best] > _WORTH_IT * seconds["bfloat16"]:
+        best = "bfloat16"
+    return Arithmetic(best)
+
+
+@functools.cache
+def _measured(device_name: str) -> dict[Kernels, float]:
+    """Return the seconds that one product takes each way; a float32 way that is not exact is left out."""
+    import torch
+
+    device = torch.device(device_name)
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(n, _WIDTH, generator=generator).to(device) for n in (_ROWS, 2 * _WIDTH))
+    exact = a.double() @ b.double().T if device.type != "mps" else None
+    found: dict[Kernels, float] = {}
+    for kernels in _candidates(device):
+        with Arithmetic(kernels).active(device):
+            product = torch.nn.functional.linear(a, b)
+            if kernels == "float32-onednn" and exact is not None:
+                error = float((product.double() - exact).norm() / exact.norm())
+                if error > _FLOAT32_ERROR:
+                    continue
+            found[kernels] = _time(lambda: torch.nn.functional.linear(a, b), device)
+    log.info("matrix products: %s", ", ".join(f"{kernels} {1e3 * taken:.2f} ms" for kernels, taken in found.items()))
+    return found
+
+
+def _candidates(device: torch.device) -> list[Kernels]:
+    import torch
+
+    onednn = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    settable = hasattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision")
+    return ["float32", *(("float32-onednn",) if onednn and settable else ()), "bfloat16"]
+
+
+def _time(compute: Callable[[], object], device: torch.device) -> float:
+    """Return the least seconds that a computation took, of several: other work on the machine only adds to it."""
+    import torch
+
+    best, end, times = float("inf"), time.perf_counter() + _SECONDS, 0
+    compute()
+    while times < _LEAST or time.perf_counter() < end:
+        times += 1
+        started = time.perf_counter()
+        compute()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def fast_float32(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Multiply in the fastest way that is as exact as float32, inside a `with` block."""
+    return choose_arithmetic("float32", device).active(device)
