@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from neurograft.data import IGNORED_LABEL
+from neurograft.sharding import whole
 from neurograft.surgery import Undo
 
 if TYPE_CHECKING:
@@ -33,9 +34,22 @@ class NextTokenLoss:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model: Any = model
         self.head = _plain_head(model)
+        self._caller: Any = model
+
+    @contextmanager
+    def through(self, caller: Any) -> Iterator[None]:
+        """Call something in the model's place, such as a DistributedDataParallel around it."""
+        before, self._caller = self._caller, caller
+        try:
+            yield
+        finally:
+            self._caller = before
 
     def __call__(
-        self, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the losses in nats, (B, T), 0 where no loss is wanted.
 
@@ -44,21 +58,22 @@ class NextTokenLoss:
             labels: (B, T), the same with -100 where no loss is wanted; the logits at t predict the label at t + 1.
             attention_mask: (B, T), 0 where padded; left out, nothing is.
         """
-        device = self.model.device
+        device, model = self.model.device, self._caller
         arguments = {"input_ids": input_ids.to(device), "use_cache": False}
         if attention_mask is not None:
             arguments["attention_mask"] = attention_mask.to(device)
         targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).to(device)  # (B, T)
         if self.head is None or any(parameter.requires_grad for parameter in self.head.parameters()):
-            logits = self.model(**arguments).logits  # (B, T, vocabulary)
+            logits = model(**arguments).logits  # (B, T, vocabulary)
             losses = torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
             )
             return losses.view_as(targets)
         with _passing(self.head):
-            hidden = self.model(**arguments).logits  # (B, T, C)
+            hidden = model(**arguments).logits  # (B, T, C)
         wanted = targets != IGNORED_LABEL
-        losses = frozen_head_losses(hidden[wanted], self.head.weight, self.head.bias, targets[wanted])
+        weight, bias = whole(self.head.weight), None if self.head.bias is None else whole(self.head.bias)
+        losses = frozen_head_losses(hidden[wanted], weight, bias, targets[wanted])
         return losses.new_zeros(targets.shape).masked_scatter(wanted, losses)
 
 

@@ -31,7 +31,10 @@ class TrainingOptions(BaseModel):
     sequence_length: int = Field(default=256, ge=2)
     """Tokens in a training sequence."""
     batch_size: int = Field(default=4, ge=1)
-    """Sequences in an optimizer step."""
+    """Sequences in one forward and backward pass, over all processes together: each of N takes an Nth of them."""
+    accumulate: int = Field(default=1, ge=1)
+    """Such passes in an optimizer step, which takes this many times the batch size of sequences. Every token of a step
+    counts alike, so that 2 passes of 4 sequences come to the same as 1 of 8, but for rounding."""
     lr: float = Field(default=1e-3, gt=0, lt=1)
     """Peak learning rate of AdamW."""
     warmup: float = Field(default=0.1, ge=0, lt=1)
