@@ -43,12 +43,17 @@ class Arithmetic:
     kernels: Kernels
 
     @contextmanager
-    def active(self, device: torch.device) -> Iterator[None]:
-        """Multiply this way inside the block, on this device; afterwards as before."""
+    def active(self, device: torch.device, *, backward: bool = False) -> Iterator[None]:
+        """Multiply this way inside the block; afterwards as before.
+
+        Args:
+            device: Where the matrices are.
+            backward: Whether it holds a backward pass, which follows the dtypes of the forward pass by itself.
+        """
         import torch
 
         autocast: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-        if self.kernels == "bfloat16":
+        if self.kernels == "bfloat16" and not backward:
             autocast = torch.autocast(device.type, torch.bfloat16)
         with _onednn(self.kernels == "float32-onednn"), autocast:
             yield

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 from rich.console import Console
@@ -186,6 +186,8 @@ def _with_training_options(command: Callable[..., None]) -> Callable[..., None]:
     for name, field in TrainingOptions.model_fields.items():
         default = "" if field.default is None else f" [default: {field.default}]"
         annotation: Any = field.annotation
+        if len(kinds := get_args(annotation)) > 1 and Literal["auto"] in kinds:
+            annotation = str  # a number or a word, which `parse_options` tells apart
         optional = annotation if field.default is None else annotation | None
         text = " ".join((field.description or "").replace("`", "").split())
         option = typer.Option(f"--{name.replace('_', '-')}", help=text + default, show_default=False)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from neurograft.anatomy import build_skeleton, describe
 from neurograft.errors import ModelError, OrganFileError
 from neurograft.layer_values import Row, with_rows
+from neurograft.sharding import whole
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +52,7 @@ def to_disk(model: PreTrainedModel, layers: range) -> Tensors:
 
     path = describe(model).layers_path
     chosen = {
-        f"{path}.{number}.{name}": tensor.detach()
+        f"{path}.{number}.{name}": whole(tensor.detach())
         for number in layers
         for name, tensor in model.get_submodule(f"{path}.{number}").state_dict().items()
     }

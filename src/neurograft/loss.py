@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from neurograft.data import IGNORED_LABEL
+from neurograft.sharding import whole
 from neurograft.surgery import Undo
 
 if TYPE_CHECKING:
@@ -34,6 +35,16 @@ class NextTokenLoss:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model: Any = model
         self.head = _plain_head(model)
+        self._caller: Any = model
+
+    @contextmanager
+    def through(self, caller: Any) -> Iterator[None]:
+        """Call something in the model's place, such as a DistributedDataParallel around it."""
+        before, self._caller = self._caller, caller
+        try:
+            yield
+        finally:
+            self._caller = before
 
     def __call__(
         self,
@@ -51,24 +62,25 @@ class NextTokenLoss:
             vocabulary: Estimate the losses from these tokens; all labels must be among its text's. Left out, or where
                 the head is not plain, losses are over the whole vocabulary.
         """
-        device = self.model.device
+        device, model = self.model.device, self._caller
         arguments = {"input_ids": input_ids.to(device), "use_cache": False}
         if attention_mask is not None:
             arguments["attention_mask"] = attention_mask.to(device)
         targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).to(device)  # (B, T)
         if self.head is None or any(parameter.requires_grad for parameter in self.head.parameters()):
-            logits = self.model(**arguments).logits  # (B, T, vocabulary)
+            logits = model(**arguments).logits  # (B, T, vocabulary)
             losses = torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
             )
             return losses.view_as(targets)
         with _passing(self.head):
-            hidden = self.model(**arguments).logits  # (B, T, C)
+            hidden = model(**arguments).logits  # (B, T, C)
         wanted = targets != IGNORED_LABEL
-        if vocabulary is None:
-            losses = frozen_head_losses(hidden[wanted], self.head.weight, self.head.bias, targets[wanted])
-        else:
+        if vocabulary is not None:
             losses = frozen_head_losses(hidden[wanted], *vocabulary.head(), vocabulary.places[targets[wanted]])
+        else:
+            weight, bias = whole(self.head.weight), None if self.head.bias is None else whole(self.head.bias)
+            losses = frozen_head_losses(hidden[wanted], weight, bias, targets[wanted])
         return losses.new_zeros(targets.shape).masked_scatter(wanted, losses)
 
 
@@ -86,8 +98,9 @@ class VocabularySample:
     """
 
     def __init__(self, head: nn.Linear, text: torch.Tensor, others: int) -> None:
-        self._head = head
-        device, size = head.weight.device, head.weight.shape[0]
+        self._weight = whole(head.weight).detach()  # (V, C)
+        self._bias = None if head.bias is None else whole(head.bias).detach()
+        device, size = self._weight.device, len(self._weight)
         self._own = torch.unique(text).to(device)
         left = torch.ones(size, dtype=torch.bool, device=device)
         left[self._own] = False
@@ -96,7 +109,7 @@ class VocabularySample:
         self.places = torch.full((size,), -1, device=device)
         """(V,) place of each token of the text in the smaller head."""
         self.places[self._own] = torch.arange(len(self._own), device=device)
-        self._own_weight = head.weight.detach()[self._own]  # (own, C)
+        self._own_weight = self._weight[self._own]  # (own, C)
         self.draw(0)
 
     @property
@@ -112,10 +125,10 @@ class VocabularySample:
 
     def head(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the smaller head's weight, (own + others, C), and bias, which counts each drawn token as it must."""
-        weight = torch.cat([self._own_weight, self._head.weight.detach()[self._picked]])
+        weight = torch.cat([self._own_weight, self._weight[self._picked]])
         bias = weight.new_zeros(len(weight))
-        if self._head.bias is not None:
-            bias += self._head.bias.detach()[torch.cat([self._own, self._picked])]
+        if self._bias is not None:
+            bias += self._bias[torch.cat([self._own, self._picked])]
         if self._others:
             bias[len(self._own) :] += math.log(len(self._left) / self._others)
         return weight, bias

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from neurograft.training.optimizers import Average, Optimizers, learning_rate_share, pull_back
+from neurograft.training.optimizers import Average, Optimizers, pull_back
+from neurograft.training.schedules import learning_rate_share
 
 
 def _parameters() -> list[torch.nn.Parameter]:

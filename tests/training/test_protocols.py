@@ -201,10 +201,10 @@ def test_dropout_acts_in_the_organ_alone(model_directory: Factory, text: Path, m
     modes: list[dict[str, bool]] = []
     original = NextTokenLoss.__call__
 
-    def spied(loss: NextTokenLoss, *args: Any) -> Any:
+    def spied(loss: NextTokenLoss, *args: Any, **more: Any) -> Any:
         modules = loss.model.named_modules()
         modes.append({name: module.training for name, module in modules if name.endswith("attn_dropout")})
-        return original(loss, *args)
+        return original(loss, *args, **more)
 
     monkeypatch.setattr(NextTokenLoss, "__call__", spied)
     train(extract(donor, layers=(2, 4)), host=donor, data=text, **{**QUICK, "steps": 1})
@@ -226,10 +226,10 @@ def test_nothing_is_written_when_training_fails(
     with pytest.raises(DataError, match="there is no file or folder"):
         train(organ, host=donor, data="no.txt", output=output)
 
-    def diverged(*_: Any) -> Any:
+    def diverged(*_: Any, **__: Any) -> Any:
         return torch.tensor([[float("nan")]], requires_grad=True)
 
-    def interrupted(*_: Any) -> Any:
+    def interrupted(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
     for fault, error in ((diverged, NeurograftError), (interrupted, KeyboardInterrupt)):

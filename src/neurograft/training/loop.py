@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import math
 import time
@@ -15,19 +16,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from neurograft import data
+from neurograft.anatomy import describe
+from neurograft.arithmetic import Arithmetic, choose_arithmetic
 from neurograft.data import PackedTokens
-from neurograft.errors import NeurograftError
-from neurograft.loss import NextTokenLoss
+from neurograft.errors import NeurograftError, UsageError
+from neurograft.loss import NextTokenLoss, VocabularySample
 from neurograft.models import cache_directory
+from neurograft.sharding import fill, spread_like, whole
+from neurograft.training.optimizers import Average, Optimizers, pull_back
 from neurograft.training.options import TrainingOptions
 from neurograft.training.prefix import Prefix, PrefixCache, cache_for
+from neurograft.training.processes import Processes
 from neurograft.training.run_state import RunState, load_state, save_state
+from neurograft.training.schedules import automatic_lr, learning_rate_share
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
 log = logging.getLogger("neurograft")
+
+# Tokens of the vocabulary that stand, in each step, for all those that do not occur in the training text.
+_OTHER_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,15 @@ class Batches:
     steps: int
     """Optimizer steps of the whole run."""
     batch_size: int
+    """Sequences in one forward and backward pass of all processes together."""
     seed: int
+    accumulate: int = 1
+    """Such passes in an optimizer step."""
+
+    @property
+    def step_size(self) -> int:
+        """Sequences in an optimizer step."""
+        return self.batch_size * self.accumulate
 
     @classmethod
     def build(cls, texts: Texts, tokenizer: Any, options: TrainingOptions) -> Batches:
@@ -79,28 +97,29 @@ class Batches:
             sequence_length=length,
             separator_id=separator,
         )
-        an_epoch = len(training.input_ids) / options.batch_size
+        step_size = options.batch_size * options.accumulate
+        an_epoch = len(training.input_ids) / step_size
         if options.steps is not None:
             steps = options.steps
         elif options.max_tokens is not None:
-            steps = math.ceil(options.max_tokens / (options.batch_size * length))
+            steps = math.ceil(options.max_tokens / (step_size * length))
         else:
             steps = math.ceil((options.epochs or 1) * an_epoch)
-        return cls(training, held_out, max(steps, 1), options.batch_size, options.seed)
+        return cls(training, held_out, max(steps, 1), options.batch_size, options.seed, options.accumulate)
 
     @property
     def repeats(self) -> bool:
         """Whether the run goes over some training text again."""
-        return self.steps * self.batch_size > len(self.training.input_ids)
+        return self.steps * self.step_size > len(self.training.input_ids)
 
     def training_rows(self) -> Iterator[list[int]]:
-        """Yield the rows of each step's batch, in a new random order each pass, without end."""
+        """Yield the rows of each step, in a new random order each pass, without end."""
         generator = torch.Generator().manual_seed(self.seed)
         rows: Iterator[int] = itertools.chain.from_iterable(
             torch.randperm(len(self.training.input_ids), generator=generator).tolist() for _ in itertools.count()
         )
         while True:
-            yield list(itertools.islice(rows, self.batch_size))
+            yield list(itertools.islice(rows, self.step_size))
 
 
 def _first_tokens(documents: list[str], tokenizer: Any, limit: int) -> list[list[int]]:
@@ -159,17 +178,60 @@ class TrainingRun:
         self.progress, self.resume = progress, resume
         self.state = RunState(key=key)
         model.requires_grad_(False)
-        self.parameters = [parameter.requires_grad_(True) for parameter in trainee.parameters]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=options.lr, betas=(0.9, 0.95), weight_decay=options.weight_decay
-        )
+        for parameter in trainee.parameters:
+            parameter.requires_grad_(True)
+        self.processes = _processes(options, batches)
+        self.arithmetic, self._exact = self._choose_arithmetic()
+        # What is tried out is tried out while each process holds the whole model.
         self.loss = NextTokenLoss(model)
+        self._vocabulary = self._sample_vocabulary()
         self._prefix = Prefix(model, trainee.first_layer)
         self._caches = self._open_caches(trainee.first_layer)
-        self._start = _copies(self.parameters)
-        self._best = self._start
+        self.caller, self.parameters = self.processes.prepare(model, trainee.parameters)
+        self.lr = self._choose_lr()
+        self.optimizers = Optimizers(
+            self.parameters, name=options.optimizer, lr=self.lr, weight_decay=options.weight_decay
+        )
+        self._average = Average(self.parameters, options.average) if options.average else None
+        self._start = _copies(self.parameters) if options.strength < 1 or options.anchor else None
+        self._best = _copies(self.parameters)
         self._random = torch.get_rng_state()
-        self._consistent = True
+        self._consistent, self._agreed = True, False
+
+    def _choose_arithmetic(self) -> tuple[Arithmetic, Arithmetic]:
+        """Return how to multiply while training, and while evaluating; the first process chooses for all."""
+        device = self.model.device
+        asked = self.options.precision
+        if asked == "auto" and self.processes.accelerator.mixed_precision == "bf16":
+            asked = "bfloat16"
+
+        def choose() -> tuple[str, dict[str, torch.Tensor]]:
+            found = load_state(self.resume, self.state.key) if self.resume is not None else None
+            # A run that goes on must go on with the same arithmetic, or it would not come to the same bits.
+            kernels = found[0].kernels if found else None
+            return json.dumps(kernels or [choose_arithmetic(p, device).kernels for p in (asked, "float32")]), {}
+
+        self.state.kernels = json.loads(self.processes.from_first(choose)[0])
+        training, evaluating = (Arithmetic(kernels) for kernels in self.state.kernels)
+        log.info("matrices are multiplied in %s", training.kernels)
+        return training, evaluating
+
+    def _sample_vocabulary(self) -> VocabularySample | None:
+        if self.options.vocabulary == "full" or self.loss.head is None or self.loss.head.weight.requires_grad:
+            return None
+        return VocabularySample(self.loss.head, self.batches.training.input_ids, _OTHER_TOKENS)
+
+    def _choose_lr(self) -> float:
+        """Return the peak learning rate, chosen by the number of layers that train if it was left open."""
+        if self.options.lr != "auto":
+            return self.options.lr
+        path = describe(self.model).layers_path
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        trained = {names.get(id(p), "").removeprefix(f"{path}.").partition(".")[0] for p in self.parameters}
+        width = int(self.model.config.hidden_size)
+        lr = automatic_lr(len(trained), width, low_rank=self.options.rank is not None)
+        log.info("peak learning rate %.2g", lr)
+        return lr
 
     def train(self) -> None:
         """Train; at the end the layers hold the best weights that the held-out text has seen.
@@ -183,66 +245,121 @@ class TrainingRun:
         self._restore()
         self._before, self._started = self.state.seconds, time.monotonic()
         self._saved = self._started
-        rows = itertools.islice(self.batches.training_rows(), self.state.step, None)
         try:
-            while True:
-                if self._evaluation_is_due():
-                    self._evaluate()
-                if self.state.step == self.batches.steps or self._stops_early():
-                    break
-                self._step(next(rows))
-                if time.monotonic() - self._saved >= self.options.checkpoint_every:
-                    self._save()
+            with self.processes.noting_interruptions():
+                self._loop()
         except KeyboardInterrupt as interrupt:
             raise KeyboardInterrupt(self._explain_interruption()) from interrupt
-        with torch.no_grad():
-            for parameter, first, last in zip(self.parameters, self._start, self._best, strict=True):
-                strength = self.options.strength
-                parameter.copy_(torch.lerp(first, last, strength) if strength < 1 else last)
+        self._keep_best()
         self._training_mode(False)
         self.state.seconds = self._seconds()
 
+    def _loop(self) -> None:
+        rows = itertools.islice(self.batches.training_rows(), self.state.step, None)
+        while True:
+            if self._evaluation_is_due():
+                self._evaluate()
+            if self.state.step == self.batches.steps or self._stops_early():
+                break
+            self._step(next(rows))
+            if self.processes.interrupted():
+                self._agreed = True
+                raise KeyboardInterrupt
+            if self._save_is_due():
+                self._save()
+
+    def _keep_best(self) -> None:
+        """Give the parameters their best values, or those part of the way there."""
+        with torch.no_grad():
+            for number, (parameter, last) in enumerate(zip(self.parameters, self._best, strict=True)):
+                first, strength = self._start[number] if self._start else last, self.options.strength
+                parameter.copy_(torch.lerp(first, last, strength) if strength < 1 else last)
+
     def _step(self, rows: list[int]) -> None:
         self._training_mode(True)
-        losses = self._losses(self.batches.training, "training", rows)
+        self._draw_apart()
+        if self._vocabulary is not None:
+            self._vocabulary.draw(self.options.seed * self.batches.steps + self.state.step)
         tokens = _count(self.batches.training, rows)
-        loss = losses.sum() / max(tokens, 1)
-        if not torch.isfinite(loss):
+        size, mine = self.batches.batch_size, 0.0
+        for start in range(0, len(rows), size):
+            mine += self._pass(rows[start : start + size], tokens, last=start + size >= len(rows))
+        (loss,) = self.processes.total(mine)
+        if not math.isfinite(loss):
             raise NeurograftError(
-                f"training diverged: the loss at step {self.state.step + 1} is {loss.item()}; try a lower --lr than "
-                f"{self.options.lr:g}."
+                f"training diverged: the loss at step {self.state.step + 1} is {loss}; try a lower --lr than "
+                f"{self.lr:g}."
             )
-        loss.backward()
         self._consistent = False
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.options.clip)
-        share = learning_rate_share(self.state.step, self.batches.steps, self.options.warmup)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.options.lr * share
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._update()
         self.state.step += 1
         self.state.tokens_seen += tokens
-        self.state.window.append(float(loss.detach()))
+        self.state.window.append(loss)
         self._random = torch.get_rng_state()
         self._consistent = True
         self._report()
 
-    def _losses(self, packed: PackedTokens, name: str, rows: Sequence[int]) -> torch.Tensor:
+    def _pass(self, rows: Sequence[int], tokens: int, *, last: bool) -> float:
+        """Add this process's share of the gradient of a part of a step.
+
+        Args:
+            rows: The part's rows, of all processes.
+            tokens: How many tokens of the whole step have a loss.
+            last: Whether the step's other parts are done.
+
+        Returns:
+            This process's share of the step's mean loss in nats per token.
+        """
+        with self.processes.passing(self.caller, last=last), self.loss.through(self.caller):
+            share = self.processes.share(rows)
+            losses = self._losses(self.batches.training, "training", share, self.arithmetic, self._vocabulary)
+            loss = losses.sum() / max(tokens, 1)
+            with self.arithmetic.active(self.model.device, backward=True):
+                # The processes' gradients are averaged, and their sum is wanted.
+                (loss * self.processes.count if self.processes.count > 1 else loss).backward()
+        return float(loss.detach())
+
+    def _update(self) -> None:
+        """Let the optimizer take its step along the clipped gradient."""
+        self.processes.accelerator.clip_grad_norm_(self.parameters, self.options.clip)
+        options, step = self.options, self.state.step
+        share = learning_rate_share(step, self.batches.steps, warmup=options.warmup, schedule=options.schedule)
+        self.optimizers.step(share)
+        if options.anchor and self._start is not None:
+            pull_back(self.parameters, self._start, self.lr * share * options.anchor)
+        if self._average is not None:
+            self._average.update(step + 1)
+
+    def _draw_apart(self) -> None:
+        """Let each process but the first draw dropout of its own, which depends on the step alone."""
+        if not self.processes.first:
+            torch.manual_seed(hash((self.options.seed, self.state.step, self.processes.number)) & 0x7FFF_FFFF_FFFF_FFFF)
+
+    def _losses(
+        self,
+        packed: PackedTokens,
+        name: str,
+        rows: Sequence[int],
+        arithmetic: Arithmetic,
+        vocabulary: VocabularySample | None = None,
+    ) -> torch.Tensor:
         """Return the losses of some sequences, (B, T) in nats."""
         chosen = list(rows)
-        with self._entered(packed, self._caches[name], chosen):
-            return self.loss(packed.input_ids[chosen], packed.labels[chosen])
+        with self._entered(packed, self._caches[name], chosen), arithmetic.active(self.model.device):
+            return self.loss(packed.input_ids[chosen], packed.labels[chosen], vocabulary=vocabulary)
 
     @contextmanager
     def _entered(self, packed: PackedTokens, cache: PrefixCache | None, rows: list[int]) -> Iterator[None]:
-        """Let the trained layers be entered by what is cached for these sequences, computing it if it is not."""
+        """Let the trained layers be entered by what is cached for these sequences, and cache it if it is not yet."""
         if cache is None:
             yield
-            return
-        if not cache.has(rows):
-            cache.write(rows, self._prefix.entering(packed.input_ids[rows]))
-        with self._prefix.given(cache.read(rows).to(self.model.device, self.model.dtype)):
-            yield
+        elif cache.has(rows):
+            with self._prefix.given(cache.read(rows).to(self.model.device, self.model.dtype)):
+                yield
+        else:
+            with self._prefix.noted(cache.dtype) as seen:
+                yield
+            cache.write(rows, seen[0])
 
     def _open_caches(self, position: int) -> dict[str, PrefixCache | None]:
         """Open the caches of what enters the trained layers, where they are wanted and possible."""
@@ -266,6 +383,7 @@ class TrainingRun:
                 position,
                 packed.input_ids,
                 dtype=self.options.cache_dtype,
+                kernels=(self.arithmetic if name == "training" else self._exact).kernels,
                 needed=wanted == "always",
             )
             if name == "held-out" or wanted == "always" or self.batches.repeats
@@ -285,10 +403,14 @@ class TrainingRun:
     def _evaluate(self) -> None:
         """Evaluate the held-out text, and keep the weights if they are the best so far."""
         self._training_mode(False)
+        if self._average is not None:
+            self._average.swap()
         state, loss = self.state, self.held_out_loss()
         log.info("step %d: held-out perplexity %.2f", state.step, math.exp(min(loss, 700)))
         best = _finite(state.held_out[state.best][1]) if state.held_out else math.inf
         kept = _copies(self.parameters) if _finite(loss) < best else None
+        if self._average is not None:
+            self._average.swap()
         self._consistent = False
         state.held_out.append((state.step, loss))
         if kept is not None:
@@ -305,18 +427,22 @@ class TrainingRun:
         return stops
 
     def held_out_loss(self) -> float:
-        """Return the mean held-out loss in nats per token."""
-        packed, total = self.batches.held_out, 0.0
+        """Return the mean held-out loss in nats per token; with several processes, all must ask at once."""
+        packed, mine = self.batches.held_out, 0.0
         with torch.no_grad():
             for rows in torch.arange(len(packed.input_ids)).split(self.batches.batch_size):
-                total += float(self._losses(packed, "held-out", rows.tolist()).double().sum())
+                chosen = self.processes.share(rows.tolist())
+                # Where the model is spread, a process without a row of its own has to lend the others its part.
+                losses = self._losses(packed, "held-out", chosen or rows[:1].tolist(), self._exact)
+                mine += float(losses.double().sum()) if chosen else 0.0
+        (total,) = self.processes.total(mine)
         return total / max(_count(packed, range(len(packed.input_ids))), 1)
 
     def _seconds(self) -> float:
         return self._before + time.monotonic() - self._started
 
     def _report(self) -> None:
-        if self.progress is not None:
+        if self.progress is not None and self.processes.first:
             state, seconds = self.state, self._seconds()
             perplexity = math.exp(min(state.held_out[-1][1], 700))
             speed = state.tokens_seen / max(seconds, 1e-9)
@@ -324,51 +450,76 @@ class TrainingRun:
                 TrainingProgress(state.step, self.batches.steps, state.window[-1], perplexity, speed, seconds)
             )
 
+    def _save_is_due(self) -> bool:
+        due = self.processes.first and time.monotonic() - self._saved >= self.options.checkpoint_every
+        return self.processes.any(due)
+
     def _save(self) -> None:
-        """Write the run's state beside its output."""
+        """Write the run's state beside its output; with several processes, all must do it at once."""
         self._saved = time.monotonic()
-        if self.resume is None:
+        path = self.resume
+        if path is None:
             return
         self.state.seconds = self._seconds()
-        tensors = {"random": self._random}
+        tensors: dict[str, torch.Tensor] = {}
+        for name, tensor in self._tensors():
+            gathered = whole(tensor.detach()).contiguous().cpu()
+            if self.processes.first:
+                tensors[name] = gathered
+        self.processes.on_first(lambda: save_state(path, self.state, tensors))
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the tensors of the run's state, with their names."""
+        yield "random", self._random
         for number, (parameter, best) in enumerate(zip(self.parameters, self._best, strict=True)):
-            tensors[f"parameter.{number}"] = parameter.detach().contiguous()
-            tensors[f"best.{number}"] = best.contiguous()
-            for name, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{number}.{name}"] = value.contiguous()
-        save_state(self.resume, self.state, {name: tensor.cpu() for name, tensor in tensors.items()})
+            yield f"parameter.{number}", parameter
+            yield f"best.{number}", best
+        for number, value in enumerate(self._average.values if self._average else ()):
+            yield f"average.{number}", value
+        for name, value in self.optimizers.state():
+            yield f"optimizer.{name}", value
 
     def _restore(self) -> None:
         """Go on from where an interrupted run stood, if one left its state."""
-        found = load_state(self.resume, self.state.key) if self.resume is not None else None
-        if found is None:
+        text, tensors = self.processes.from_first(self._load)
+        if not text:
             return
-        self.state, tensors = found
+        self.state = RunState.model_validate_json(text)
         self._random = tensors["random"]
         torch.set_rng_state(self._random)
         with torch.no_grad():
             for number, parameter in enumerate(self.parameters):
-                parameter.copy_(tensors[f"parameter.{number}"])
-        self._best = [tensors[f"best.{number}"].to(p.device) for number, p in enumerate(self.parameters)]
-        self._restore_optimizer(tensors)
+                fill(parameter, tensors[f"parameter.{number}"])
+        self._best = [spread_like(tensors[f"best.{number}"], p.detach()) for number, p in enumerate(self.parameters)]
+        for number, value in enumerate(self._average.values if self._average else ()):
+            fill(value, tensors[f"average.{number}"])
+        start = "optimizer."
+        self.optimizers.load_state({n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)})
         log.info("going on after step %d of %d", self.state.step, self.batches.steps)
 
-    def _restore_optimizer(self, tensors: dict[str, torch.Tensor]) -> None:
-        states: dict[int, dict[str, torch.Tensor]] = {}
-        for name, tensor in tensors.items():
-            kind, _, rest = name.partition(".")
-            if kind == "optimizer":
-                number, _, inner = rest.partition(".")
-                states.setdefault(int(number), {})[inner] = tensor
-        self.optimizer.load_state_dict({"state": states, "param_groups": self.optimizer.state_dict()["param_groups"]})
+    def _load(self) -> tuple[str, dict[str, torch.Tensor]]:
+        """Read the state that an interrupted run left, as JSON, and its tensors; an empty text if there is none."""
+        found = load_state(self.resume, self.state.key) if self.resume is not None else None
+        return (found[0].model_dump_json(), found[1]) if found is not None else ("", {})
 
     def _explain_interruption(self) -> str:
         at = f"training stopped after step {self.state.step} of {self.batches.steps}"
         if self.resume is None:
             return at
-        if self._consistent and self.state.step:
+        # With several processes, one alone can't gather the state.
+        if self._consistent and self.state.step and (self.processes.count == 1 or self._agreed):
             self._save()
         return f"{at}; the same command goes on from there" if self.resume.is_file() else at
+
+
+def _processes(options: TrainingOptions, batches: Batches) -> Processes:
+    processes = Processes()
+    if batches.batch_size < processes.count:
+        raise UsageError(
+            f"--batch-size {batches.batch_size} leaves some of the {processes.count} processes without a sequence; "
+            "give at least as many as there are processes."
+        )
+    return processes
 
 
 def _copies(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -382,12 +533,3 @@ def _count(packed: PackedTokens, rows: Sequence[int]) -> int:
 
 def _finite(loss: float) -> float:
     return loss if math.isfinite(loss) else math.inf
-
-
-def learning_rate_share(step: int, steps: int, warmup: float) -> float:
-    """Return the share of the peak learning rate at a step: linear warm-up, then a cosine down to a tenth."""
-    rising = max(1, round(warmup * steps))
-    if step < rising:
-        return (step + 1) / rising
-    done = (step - rising) / max(1, steps - rising)
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * min(done, 1.0)))

@@ -30,7 +30,7 @@ class LowRankChanges:
         self._undo = Undo()
         self._changed: list[tuple[Any, torch.nn.Parameter, torch.nn.Parameter]] = []
         for layer in layers:
-            for module in layer.modules():
+            for module in list(layer.modules()):
                 sizes = _sizes(module)
                 if sizes is not None:
                     self._change(module, *sizes, rank, generator)
@@ -57,6 +57,9 @@ class LowRankChanges:
             return changed + torch.nn.functional.linear(low, b).to(changed.dtype) * _SCALE
 
         self._undo.set(vars(module), "forward", forward)
+        # Where gradients are exchanged between processes, all that trains must be found in the model.
+        self._undo.set(module._parameters, "low_rank_a", a)
+        self._undo.set(module._parameters, "low_rank_b", b)
         self._changed.append((module, a, b))
 
     def merge(self) -> None:

@@ -1,19 +1,15 @@
-"""How an organ's weights are updated: the optimizers, the course of the learning rate, and averages of weights."""
+"""How an organ's weights are updated: the optimizers, and averages of weights."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-OptimizerName = Literal["adamw", "muon"]
-Schedule = Literal["cosine", "linear", "wsd"]
+from neurograft.sharding import spread_like
+from neurograft.training.schedules import OptimizerName
 
 _BETAS = (0.9, 0.95)
-_LAST_SHARE = 0.1
-_STABLE = 0.7  # share of the steps after warm-up over which `wsd` holds the learning rate
 
 
 class Optimizers:
@@ -57,39 +53,20 @@ class Optimizers:
                 for name, value in optimizer.state.get(parameter, {}).items():
                     yield f"{number}.{name}", value
 
-    def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take back what `state` gave."""
+    def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take back what `state` gave, whole where parameters are spread over processes."""
         remembered: dict[int, dict[str, torch.Tensor]] = {}
         for key, tensor in tensors.items():
             number, _, name = key.partition(".")
-            remembered.setdefault(int(number), {})[name] = tensor
+            parameter = self.parameters[int(number)].detach()
+            value = spread_like(tensor, parameter) if tensor.shape == parameter.shape else tensor
+            remembered.setdefault(int(number), {})[name] = value
         for optimizer in self.each:
             own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             numbers = {id(parameter): number for number, parameter in enumerate(self.parameters)}
             states = {place: remembered.get(numbers[id(parameter)], {}) for place, parameter in enumerate(own)}
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": {n: s for n, s in states.items() if s}, "param_groups": groups})
-
-
-def learning_rate_share(step: int, steps: int, *, warmup: float, schedule: Schedule) -> float:
-    """Return the share of the peak learning rate at a step.
-
-    Args:
-        step: Number of steps done before it.
-        steps: Steps in all.
-        warmup: Share of the steps over which it rises linearly.
-        schedule: How it falls to a tenth after that: along half a `cosine`, `linear`ly, or (`wsd`) not before 70 % of
-            what is left is done, then linearly (warm-up, stable, decay; arXiv 2404.06395).
-    """
-    rising = max(1, round(warmup * steps))
-    if step < rising:
-        return (step + 1) / rising
-    done = min((step - rising) / max(1, steps - rising), 1.0)
-    if schedule == "cosine":
-        return _LAST_SHARE + (1 - _LAST_SHARE) / 2 * (1 + math.cos(math.pi * done))
-    if schedule == "wsd":
-        done = max(0.0, (done - _STABLE) / (1 - _STABLE))
-    return 1 - (1 - _LAST_SHARE) * done
 
 
 class Average:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from neurograft.arithmetic import Precision
 from neurograft.errors import UsageError
 from neurograft.manifest import Protocol
+from neurograft.training.schedules import OptimizerName, Schedule
 
 CacheDtype = Literal["float32", "bfloat16", "float16"]
 
@@ -31,13 +33,34 @@ class TrainingOptions(BaseModel):
     sequence_length: int = Field(default=256, ge=2)
     """Tokens in a training sequence."""
     batch_size: int = Field(default=4, ge=1)
-    """Sequences in an optimizer step."""
-    lr: float = Field(default=1e-3, gt=0, lt=1)
-    """Peak learning rate of AdamW."""
+    """Sequences in one forward and backward pass, over all processes together: each of N takes an Nth of them."""
+    accumulate: int = Field(default=1, ge=1)
+    """Such passes in an optimizer step, which takes this many times the batch size of sequences. Every token of a step
+    counts alike, so that 2 passes of 4 sequences come to the same as 1 of 8, but for rounding."""
+    optimizer: OptimizerName = "adamw"
+    """`adamw`, or `muon` for matrices (orthogonalised momentum) with AdamW for everything else."""
+    lr: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] = "auto"
+    """Peak learning rate, or `auto`: 0.009 divided by the number of layers that train, at most 0.003, for a model of
+    width 576, and in inverse proportion to the width for others; ten times that where `rank` is given."""
     warmup: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the steps over which the learning rate rises; after it, it falls to a tenth along a cosine."""
+    """Share of the steps over which the learning rate rises."""
+    schedule: Schedule = "cosine"
+    """How it falls to a tenth after that: along half a `cosine`, `linear`ly, or, with `wsd`, only at the end."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Weight decay of AdamW."""
+    """Decoupled weight decay."""
+    anchor: float = Field(default=0.0, ge=0)
+    """Decay towards the starting weights instead of zero: keeps more of what the model could do before."""
+    average: float = Field(default=0.0, ge=0, lt=1)
+    """Decay of a moving average of the weights, which is evaluated and kept in their place; 0 for none."""
+    rank: int | None = Field(default=None, ge=1)
+    """Train the organ's matrices by changes of this rank, which are added to them at the end; left out, all of the
+    organ's parameters train."""
+    precision: Precision = "auto"
+    """How matrices are multiplied; weights and their updates are float32 in any case. `auto` takes bfloat16 where a
+    short measurement finds it faster, and otherwise, as with `float32`, the fastest float32."""
+    vocabulary: Literal["full", "sampled"] = "full"
+    """Over what the training loss is taken: `sampled` estimates it from the tokens that occur in the training text and
+    a few thousand others, which costs less where the head is a large part of what runs. Held-out losses are exact."""
     clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient over all of the organ."""
     strength: float = Field(default=1.0, gt=0, le=1)
@@ -68,6 +91,8 @@ class TrainingOptions(BaseModel):
         given = [name for name in ("max_tokens", "epochs", "steps") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} both say when to stop; give one")
+        if self.rank is not None and self.strength < 1:
+            raise ValueError("strength mixes weights and rank trains factors of their changes; give one of them")
         return self
 
 
@@ -81,6 +106,6 @@ def parse_options(**values: Any) -> TrainingOptions:
         return TrainingOptions(**{name: value for name, value in values.items() if value is not None})
     except ValidationError as error:
         first = error.errors()[0]
-        place = "--" + "-".join(map(str, first["loc"])).replace("_", "-") + ": " if first["loc"] else ""
+        place = f"--{str(first['loc'][0]).replace('_', '-')}: " if first["loc"] else ""
         shown = f" (it is {first['input']!r})" if first["loc"] else ""
         raise UsageError(f"{place}{first['msg'].removeprefix('Value error, ')}{shown}.") from error

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from neurograft.anatomy import describe
+from neurograft.arithmetic import Kernels
 from neurograft.errors import NeurograftError, UsageError
 from neurograft.files import combine_digests, explained_os_errors, human_bytes, tensor_digest
 from neurograft.surgery import Undo
 from neurograft.training.options import CacheDtype
 
 if TYPE_CHECKING:
-    import numpy
     from torch import nn
     from transformers import PreTrainedModel
 
@@ -52,11 +54,12 @@ class PrefixCache:
 
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.shape = (rows, tokens, width)
+        row = tokens * width * self.dtype.itemsize
         with explained_os_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            self._states = _mapped(folder / "states.bin", numpy.uint8, (rows, tokens * width * self.dtype.itemsize))
+            _make_files(folder, {"states.bin": rows * row, "there.bin": rows})
+            self._states = numpy.memmap(folder / "states.bin", dtype=numpy.uint8, mode="r+", shape=(rows, row))
             # Written after the states are on the disk: a row that an interruption cut short does not count as there.
-            self._there = _mapped(folder / "there.bin", numpy.uint8, (rows,))
+            self._there = numpy.memmap(folder / "there.bin", dtype=numpy.uint8, mode="r+", shape=(rows,))
 
     def has(self, rows: Give) -> bool:
         """Whether all these rows are there."""
@@ -77,17 +80,30 @@ class PrefixCache:
         self._there.flush()
 
 
-def _mapped(path: Path, dtype: Any, shape: tuple[int, ...]) -> numpy.memmap:
-    """Map a file of zeros into memory; one that is there already keeps what it holds."""
-    import math
+def _make_files(folder: Path, sizes: dict[str, int]) -> None:
+    """Make a folder with files of zeros, all at once; one that is there already stays, even if made a moment ago."""
+    if _has_files(folder, sizes):
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        temporary.mkdir()
+        for name, size in sizes.items():
+            with (temporary / name).open("wb") as stream:
+                stream.truncate(size)
+        if folder.is_dir() and not _has_files(folder, sizes):
+            shutil.rmtree(folder)  # what some other program left of it
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not _has_files(folder, sizes):
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
-    import numpy
 
-    size = math.prod(shape) * numpy.dtype(dtype).itemsize
-    if not path.is_file() or path.stat().st_size != size:
-        with path.open("wb") as stream:
-            stream.truncate(size)
-    return numpy.memmap(path, dtype=dtype, mode="r+", shape=shape)
+def _has_files(folder: Path, sizes: dict[str, int]) -> bool:
+    return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
 
 
 @dataclass
@@ -169,6 +185,30 @@ class Prefix:
         raise RuntimeError("the first layer that is to run was not reached")
 
     @contextmanager
+    def noted(self, dtype: torch.dtype) -> Iterator[list[torch.Tensor]]:
+        """Note what enters the first layer that runs, (B, T, C), in a narrower dtype, to which it is rounded there too.
+
+        Args:
+            dtype: How it is to be kept.
+
+        Yields:
+            A list that holds it once the model was called.
+        """
+        seen: list[torch.Tensor] = []
+
+        def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            states = args[0] if args else kwargs["hidden_states"]
+            seen.append(states.detach().to(dtype))
+            rounded = seen[-1].to(states.dtype)
+            return ((rounded, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": rounded})
+
+        handle = self.first.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            yield seen
+        finally:
+            handle.remove()
+
+    @contextmanager
     def given(self, states: torch.Tensor) -> Iterator[None]:
         """Let the first layer that runs be entered by `states`, (B, T, C), and nothing be computed before it."""
         if self._learned is None:
@@ -232,7 +272,14 @@ def below_digest(model: PreTrainedModel, position: int) -> str:
 
 
 def cache_for(
-    folder: Path, model: PreTrainedModel, position: int, input_ids: torch.Tensor, *, dtype: CacheDtype, needed: bool
+    folder: Path,
+    model: PreTrainedModel,
+    position: int,
+    input_ids: torch.Tensor,
+    *,
+    dtype: CacheDtype,
+    kernels: Kernels,
+    needed: bool,
 ) -> PrefixCache | None:
     """Open the cache for some packed text in a host, under the digest of everything that it depends on.
 
@@ -242,15 +289,14 @@ def cache_for(
         position: Number of the first layer that is to run.
         input_ids: (N, T) the packed text.
         dtype: How the states are stored.
+        kernels: How matrices are multiplied where they are computed.
         needed: Whether too little disk is an error; otherwise there is no cache then.
 
     Raises:
         NeurograftError: The disk has no room for it.
     """
-    import shutil
-
     key = hashlib.sha256(
-        f"{below_digest(model, position)}{tensor_digest(input_ids)}{dtype}{torch.__version__}".encode()
+        f"{below_digest(model, position)}{tensor_digest(input_ids)}{dtype}{kernels}{torch.__version__}".encode()
     ).hexdigest()
     target, width = folder / key[:32], int(model.config.hidden_size)
     size = input_ids.numel() * width * getattr(torch, dtype).itemsize

@@ -19,12 +19,15 @@ from neurograft.compat import refuse_findings, tokenizer_findings
 from neurograft.files import check_output_file, combine_digests, tensor_digest
 from neurograft.identity import as_identity
 from neurograft.layer_weights import load_layers
-from neurograft.manifest import Evaluation, LayerAnatomy, Mode, Protocol, Training
+from neurograft.manifest import Evaluation, LayerAnatomy, Manifest, Mode, Protocol, Training
 from neurograft.models import ModelDirectory, fingerprint_tokenizer, load_model, load_tokenizer, resolve
 from neurograft.organ import Organ, clean_name, config_to_json, dtype_name, now, read_organ
+from neurograft.sharding import fill
 from neurograft.surgery import Attachment, attach, attach_alone, tensors_of
 from neurograft.training.loop import Batches, ProgressCallback, Texts, Trainee, TrainingRun
+from neurograft.training.low_rank import LowRankChanges
 from neurograft.training.options import TrainingOptions, parse_options
+from neurograft.training.processes import Processes, one_by_one, starting_device, whole_weights
 from neurograft.training.run_state import state_path
 
 if TYPE_CHECKING:
@@ -84,13 +87,15 @@ def train(
             goes on, on CPUs to the same bits as if it had never stopped.
     """
     chosen = parse_options(**options)
+    processes = Processes()
     if output is not None:
-        check_output_file(Path(output), overwrite=overwrite)
+        processes.on_first(lambda: check_output_file(Path(output), overwrite=overwrite))
     organ = organ if isinstance(organ, Organ) else read_organ(organ)
     reading = {"text_column": text_column, "document_separator": document_separator, "encoding": encoding}
     texts = _read_texts(data, eval_data, chosen, reading)
     resume = None if output is None else state_path(Path(output))
-    trained = _train(organ, host, texts, chosen, trust_remote_code, progress, resume)
+    with whole_weights():
+        trained = _train(organ, host, texts, chosen, trust_remote_code, progress, resume)
     names = {
         "name": clean_name(name or f"{organ.name.removesuffix(f'-{chosen.protocol}')}-{chosen.protocol}"),
         "version": version or organ.manifest.version,
@@ -99,9 +104,19 @@ def train(
     trained = Organ(trained.manifest.model_copy(update=names), trained.tensors)
     if output is None or resume is None:
         return trained
-    saved = trained.save(output, overwrite=overwrite)
-    resume.unlink(missing_ok=True)
-    return saved
+    return _write(processes, trained, Path(output), resume, overwrite=overwrite)
+
+
+def _write(processes: Processes, organ: Organ, output: Path, resume: Path, *, overwrite: bool) -> Organ:
+    """Let the first process write the organ; return it as written in all of them."""
+
+    def write() -> tuple[str, dict[str, torch.Tensor]]:
+        saved = organ.save(output, overwrite=overwrite)
+        resume.unlink(missing_ok=True)
+        return saved.manifest.model_dump_json(), {}
+
+    text, _ = processes.from_first(write)
+    return Organ(Manifest.model_validate_json(text), organ.tensors, output)
 
 
 def _read_texts(paths: Any, eval_paths: Any, options: TrainingOptions, reading: dict[str, Any]) -> Texts:
@@ -121,7 +136,8 @@ def _train(
     progress: ProgressCallback | None,
     resume: Path | None,
 ) -> Organ:
-    directory = resolve(host, trust_remote_code=trust_remote_code)
+    with one_by_one():
+        directory = resolve(host, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
     if organ.manifest.tokenizer is not None:
         refuse_findings(
@@ -132,11 +148,16 @@ def _train(
     batches = Batches.build(texts, tokenizer, options)
     log.info("loading the host %s", directory.name)
     model = load_model(directory, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    torch.nn.Module.to(model, _device())
+    torch.nn.Module.to(model, starting_device())
     attachment = _place(model, organ, options)
+    first, changes = attachment.positions[0], None
+    trainee = Trainee.of_layers(attachment.layers, first)
+    if options.rank is not None:
+        changes = LowRankChanges(attachment.layers, options.rank, options.seed)
+        trainee = Trainee(changes.parameters, attachment.layers, first)
     run = TrainingRun(
         model,
-        Trainee.of_layers(attachment.layers, attachment.positions[0]),
+        trainee,
         batches,
         options,
         progress=progress,
@@ -144,6 +165,8 @@ def _train(
         key=_run_key(organ, directory, texts, options),
     )
     run.train()
+    if changes is not None:
+        changes.merge()
     return _trained_organ(organ, directory.name, model, attachment, texts, run)
 
 
@@ -189,10 +212,6 @@ def _run_key(organ: Organ, host: ModelDirectory, texts: Texts, options: Training
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _device() -> torch.device:
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
-
-
 def _place(model: PreTrainedModel, organ: Organ, options: TrainingOptions) -> Attachment:
     """Put the organ where it is to be trained."""
     position = organ.manifest.recommended_position if options.at is None else options.at
@@ -231,7 +250,11 @@ def _trained_organ(
         documents=len(texts.training),
         tokens_seen=run.state.tokens_seen,
         steps=run.state.step,
-        hyperparameters=options.model_dump(exclude={"protocol", "seed", *_NO_EFFECT}),
+        hyperparameters={
+            **options.model_dump(exclude={"protocol", "seed", *_NO_EFFECT}),
+            "lr": run.lr,
+            "kernels": run.arithmetic.kernels,
+        },
         seed=options.seed,
         versions=versions(),
         seconds=round(run.state.seconds, 1),
@@ -267,8 +290,11 @@ def _load_rounded(
         organ.config(), organ.manifest.anatomy.layer_values, tensors, dtype=torch.float32, name=organ.name
     )
     sources = carrier.get_submodule(describe(carrier).layers_path).children()
-    for layer, source in zip(attachment.layers, sources, strict=True):
-        layer.load_state_dict(source.state_dict())
+    with torch.no_grad():
+        for layer, source in zip(attachment.layers, sources, strict=True):
+            target = layer.state_dict()
+            for name, tensor in source.state_dict().items():
+                fill(target[name], tensor)
 
 
 def versions() -> dict[str, str]:
