@@ -13,6 +13,9 @@ from neurograft.errors import ModelError, UsageError
 from neurograft.manifest import Operation, Origin, Recovery, SurgicalRecord
 
 LayerKey = tuple[str | None, int]
+Change = tuple[str, set[LayerKey]]
+"""Around which organ a recovery was, and what it trained."""
+Reasons = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -100,48 +103,58 @@ def refuse_blocked_removal(record: SurgicalRecord, organ: str) -> None:
     Raises:
         UsageError: One sentence names what has to go first, and why.
     """
-    blockers = _blockers(record, organ, {operation.organ for operation in record.operations})
+    inside = {operation.organ for operation in record.operations}
+    blockers = _blockers(record.operations, _changes(record), organ, inside)
     if blockers:
         name, reason = next(reversed(blockers.items()))
         raise UsageError(f"{reason}; remove {name} first.")
 
 
-def refuse_entangled(record: SurgicalRecord, planned: Recovery) -> None:
-    """Refuse a recovery after which two organs could each be removed only after the other.
+def refuse_entangled(record: SurgicalRecord, organ: str, origins: Sequence[Origin]) -> None:
+    """Refuse a recovery after which some organs could each be removed only after the other.
 
     Args:
         record: The record as it is.
-        planned: The recovery, with every layer that it may change.
+        organ: Around which organ the recovery would be.
+        origins: Every layer that it may change.
 
     Raises:
         UsageError: One sentence names the organs.
     """
-    after = record.model_copy(update={"recoveries": [*record.recoveries, planned]})
+    changes = [*_changes(record), (organ, {key_of(origin) for origin in origins})]
     inside = {operation.organ for operation in record.operations}
     while inside:
-        free = {organ for organ in inside if not _blockers(after, organ, inside)}
+        free = {name for name in inside if not _blockers(record.operations, changes, name, inside)}
         if not free:
             raise UsageError(
                 f"after this recovery none of {', '.join(sorted(inside))} could be removed before the others, since "
                 "each would have been trained over what was trained around another; train fewer neighbours, or "
-                "remove one and transplant it again."
+                "remove one of them and transplant it again."
             )
         inside -= free
 
 
-def _blockers(record: SurgicalRecord, organ: str, inside: set[str]) -> dict[str, str]:
-    """Return which of the organs `inside` have to go before `organ`, each with the reason."""
-    found: dict[str, str] = {}
-    trained: set[LayerKey] = set()  # layers that have to become again what they were, in order of the recoveries
-    for recovery in (recovery for recovery in record.recoveries if recovery.organ in inside):
-        changed = {key_of(layer.origin) for layer in recovery.changed}
-        if recovery.organ == organ:
+def _changes(record: SurgicalRecord) -> list[Change]:
+    return [(recovery.organ, {key_of(layer.origin) for layer in recovery.changed}) for recovery in record.recoveries]
+
+
+def _blockers(operations: Sequence[Operation], changes: Sequence[Change], organ: str, inside: set[str]) -> Reasons:
+    """Return which of the organs `inside` have to go before `organ`, each with the reason.
+
+    Args:
+        operations: All transplants.
+        changes: All recoveries, first to last.
+        organ: The organ that is to go.
+        inside: The organs that are still there, this one included.
+    """
+    found: Reasons = {}
+    trained: set[LayerKey] = set()  # what has to become again what it was
+    for name, changed in ((name, changed) for name, changed in changes if name in inside):
+        if name == organ:
             trained |= {key for key in changed if key[0] is None or key[0] in inside - {organ}}
         elif both := trained & changed:
-            found[recovery.organ] = (
-                f"the recovery around {recovery.organ} trained {_name(both)} after that around {organ}"
-            )
-    for other in (other for other in record.operations if other.organ in inside - {organ}):
+            found[name] = f"the recovery around {name} trained {_name(both)} after that around {organ}"
+    for other in (other for other in operations if other.organ in inside - {organ}):
         covered = {key_of(origin) for origin in other.explant_origins}
         if any(owner == organ for owner, _ in covered):
             found[other.organ] = f"the organ {other.organ} replaced layers of {organ}"
