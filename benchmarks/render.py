@@ -129,23 +129,14 @@ def recovery_section(result: dict[str, Any]) -> str:
     rates = ", ".join(f"{name}: {choice['lr']:g}" for name, choice in settings["choices"].items())
     recovered = [row for row in result["rows"] if "restored" in row]
     restored = sum(row["restored"] for row in recovered)
+    length, trained = settings["sequence_length"], settings["organ"]
+    header = ["position", "recovery", "clinical perplexity", "general perplexity", "numbers trained"]
     return (
         f"## Recovery\n\n{settings['model']}; an organ of layers {settings['layers']}, trained `standalone` for "
-        f"{settings['organ']['steps']} steps of {settings['organ']['batch_size']} x {settings['sequence_length']} tokens, "
-        f"inserted, then recovered on clinical text for {budget['steps']} steps of {budget['batch_size']} x "
-        f"{settings['sequence_length']} tokens (learning rates: {rates}; neighbours: "
-        f"{settings['choices']['neighbours']['neighbours']} on each side).\n\n"
-        + table(
-            [
-                "position",
-                "recovery",
-                "clinical perplexity",
-                "general perplexity",
-                "numbers trained",
-                "seconds of training",
-            ],
-            rows,
-        )
+        f"{trained['steps']} steps of {trained['batch_size']} x {length} tokens, inserted, then recovered on clinical "
+        f"text for {budget['steps']} steps of {budget['batch_size']} x {length} tokens (learning rates: {rates}; "
+        f"neighbours: {settings['choices']['neighbours']['neighbours']} on each side).\n\n"
+        + table([*header, "seconds of training"], rows)
         + f"\nAfter `remove`, {restored} of {len(recovered)} recovered models were the original again, to the bit.\n"
     )
 

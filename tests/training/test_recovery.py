@@ -36,7 +36,10 @@ SCOPES: list[dict[str, Any]] = [
     {"scope": "neighbours", "unfreeze": "gradual"},
     {"scope": "seams"},
 ]
-KINDS = ("llama", "gpt2", "gemma2", "qwen3", "mixtral", "qwen3_moe", "gpt_neox", "olmo2")
+KINDS = {
+    **dict.fromkeys(("llama", "gpt2", "gemma2", "mixtral"), SCOPES),
+    **{key: [SCOPES[1], SCOPES[3]] for key in ("qwen3", "qwen3_moe", "gpt_neox", "olmo2", "gpt_oss")},
+}
 
 
 @pytest.fixture(scope="module")
@@ -71,20 +74,28 @@ def _assert_original(folder: Path, recipient: Path) -> None:
     assert not (folder / "neurograft.json").exists() and not (folder / "explants").exists()
 
 
-@pytest.mark.parametrize("choice", SCOPES, ids=lambda choice: "-".join(map(str, choice.values())))
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "choice"),
+    [(kind, choice) for kind, choices in KINDS.items() for choice in choices],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)
 def test_recovered_plain_and_removable(
     kind: str, choice: dict[str, Any], model_directory: Factory, text: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     recipient = model_directory(kind, seed=1)
-    mode: Any = "replace" if kind in ("gemma2", "qwen3_moe") else "insert"
+    mode: Any = "replace" if kind in ("gemma2", "qwen3_moe", "gpt_oss") else "insert"
     transplant(
         extract(model_directory(kind), layers=(2, 4), name="tiny"), recipient, at=2, mode=mode, output=tmp_path / "one"
     )
     before = {path: path.read_bytes() for path in (tmp_path / "one").rglob("*") if path.is_file()}
     models: list[Any] = []
     original = TrainingRun.train
-    monkeypatch.setattr(TrainingRun, "train", lambda run: (models.append(run.model), original(run)))
+
+    def remembered(run: TrainingRun) -> None:
+        models.append(run.model)
+        original(run)
+
+    monkeypatch.setattr(TrainingRun, "train", remembered)
     record = recover(tmp_path / "one", data=text, output=tmp_path / "two", **choice, **QUICK)
     assert {path: path.read_bytes() for path in before} == before
 
@@ -274,7 +285,6 @@ def test_the_recovered_organ_travels(one: Path, organ: Organ, recipient: Path, t
     assert saved.manifest.source == organ.manifest.source
     assert (saved.manifest.recommended_mode, saved.manifest.recommended_position) == ("insert", 2)
     transplant(saved, recipient, output=tmp_path / "four")
-    assert torch.equal(logits(load(tmp_path / "four"))[:, :0], logits(load(tmp_path / "three"))[:, :0])
     mine, there = load(tmp_path / "three").state_dict(), load(tmp_path / "four").state_dict()
     own = [name for name in mine if name.startswith(("model.layers.2.", "model.layers.3."))]
     assert own and all(torch.equal(mine[name], there[name]) for name in own)
