@@ -52,7 +52,7 @@ def main() -> None:
 def render() -> str:
     """Return the page."""
     parts = [HEADER]
-    for name, section in (("demo", demo_section), ("protocols", protocols_section)):
+    for name, section in (("demo", demo_section), ("protocols", protocols_section), ("recovery", recovery_section)):
         path = RESULTS / f"{name}.json"
         if path.is_file():
             result = json.loads(path.read_text(encoding="utf-8"))
@@ -109,6 +109,35 @@ def protocols_section(result: dict[str, Any]) -> str:
         f"{settings['batch_size']} x {settings['sequence_length']} tokens, learning rate {settings['lr']:g} for all "
         "three, no recovery after the graft.\n\n"
         + table(["organ", "clinical perplexity", "general perplexity", "seconds of training"], rows)
+    )
+
+
+def recovery_section(result: dict[str, Any]) -> str:
+    """Render what recovery does to an organ that was trained alone, a row for each position and choice."""
+    settings = result["settings"]
+    budget, places = settings["recovery"], {at: name for name, at in settings["positions"].items()}
+    rows = [
+        [
+            "" if row["position"] is None else f"{places[row['position']]} ({row['position']})",
+            row["recovery"],
+            *(_with_interval(row[key], row[f"{key}_interval"]) for key in ("clinical", "general")),
+            f"{row['parameters']:,}" if "parameters" in row else "",
+            f"{row['training_seconds']:.0f}" if "training_seconds" in row else "",
+        ]
+        for row in result["rows"]
+    ]
+    rates = ", ".join(f"{name}: {choice['lr']:g}" for name, choice in settings["choices"].items())
+    recovered = [row for row in result["rows"] if "restored" in row]
+    restored = sum(row["restored"] for row in recovered)
+    length, trained = settings["sequence_length"], settings["organ"]
+    header = ["position", "recovery", "clinical perplexity", "general perplexity", "numbers trained"]
+    return (
+        f"## Recovery\n\n{settings['model']}; an organ of layers {settings['layers']}, trained `standalone` for "
+        f"{trained['steps']} steps of {trained['batch_size']} x {length} tokens, inserted, then recovered on clinical "
+        f"text for {budget['steps']} steps of {budget['batch_size']} x {length} tokens (learning rates: {rates}; "
+        f"neighbours: {settings['choices']['neighbours']['neighbours']} on each side).\n\n"
+        + table([*header, "seconds of training"], rows)
+        + f"\nAfter `remove`, {restored} of {len(recovered)} recovered models were the original again, to the bit.\n"
     )
 
 

@@ -22,7 +22,7 @@ from neurograft.cli import app
 from tiny import LAYERS
 
 Run = Callable[..., Result]
-VERBS = ("extract", "train", "inspect", "check", "transplant", "evaluate", "remove", "demo")
+VERBS = ("extract", "train", "inspect", "check", "transplant", "recover", "evaluate", "remove", "demo")
 
 
 @pytest.fixture
@@ -65,7 +65,14 @@ def test_the_whole_story_by_command(run: Run, donor: Path, recipient: Path, text
             ],
             "passed",
         ),
-        (["remove", tmp_path / "out", "-o", tmp_path / "back"], "equal to the original's, to the bit"),
+        (
+            [
+                *("recover", tmp_path / "out", "--data", text, "-o", tmp_path / "recovered", "--scope", "neighbours"),
+                *("--unfreeze", "gradual", "--general", text, "--steps", 2, "--sequence-length", 16),
+            ],
+            "1 on each side",
+        ),
+        (["remove", tmp_path / "recovered", "-o", tmp_path / "back"], "equal to the original's, to the bit"),
     ]
     for words, expected in steps:
         result = run(*words)
@@ -81,6 +88,21 @@ def test_json_is_one_document_and_nothing_else(run: Run, donor: Path, text: Path
         (["check", organ, donor], "findings"),
         (["transplant", organ, donor, "-o", tmp_path / "out"], "operations"),
         (["evaluate", donor, "--data", text], "data"),
+        (
+            [
+                "recover",
+                tmp_path / "out",
+                "--data",
+                text,
+                "-o",
+                tmp_path / "new",
+                "--steps",
+                1,
+                "--sequence-length",
+                16,
+            ],
+            "recoveries",
+        ),
         (["remove", tmp_path / "out", "-o", tmp_path / "back"], "original_restored"),
         (["inspect", tmp_path / "nowhere.safetensors"], "error"),
         (["remove", donor, "-o", tmp_path / "x"], "error"),
@@ -116,6 +138,8 @@ def test_errors_are_one_sentence_on_standard_error(
         (["transplant", organ_file, donor, "-o", donor], "overlaps the input"),
         (["evaluate", donor, "--data", f"a={text}", "--gate", "b<3"], "names the data set b; there are a"),
         (["evaluate", donor, "--data", "a="], "write NAME=PATH"),
+        (["recover", donor, "--data", text, "-o", new], "has no neurograft.json"),
+        (["recover", tmp_path / "nowhere", "--data", text, "-o", new], "is no directory"),
         (["remove", donor, "-o", new], "has no neurograft.json"),
         (["remove", tmp_path / "nowhere", "-o", new], "is no directory"),
     ]:

@@ -101,8 +101,8 @@ def _rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 def test_a_schema_from_the_future_is_refused_by_its_number(organ_file: Path) -> None:
-    _rewrite(organ_file, lambda manifest: manifest.update(schema_version=2))
-    with pytest.raises(OrganFileError, match="manifest schema 2, and this neurograft reads schemas up to 1"):
+    _rewrite(organ_file, lambda manifest: manifest.update(schema_version=3))
+    with pytest.raises(OrganFileError, match="manifest schema 3, and this neurograft reads schemas up to 2"):
         read_organ(organ_file)
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from neurograft.extraction import extract as extract
     from neurograft.organ import Organ as Organ
     from neurograft.organ import read_manifest
+    from neurograft.recovery import recover as recover
     from neurograft.removal import remove as remove
     from neurograft.surgery import attach as attach
     from neurograft.surgery import detach as detach
@@ -36,6 +37,7 @@ _HOMES = {
     "extract": "extraction:extract",
     "graft": "surgery:graft",
     "inspect": "organ:read_manifest",
+    "recover": "recovery:recover",
     "remove": "removal:remove",
     "train": "training.protocols:train",
     "transplant": "transplantation:transplant",

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -177,13 +178,20 @@ def extract(
         screen.result(organ.manifest, lambda: render.manifest(organ.manifest, output.stat().st_size))
 
 
-def _with_training_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace `**options` by an option for each field of `TrainingOptions`, where names, defaults and help stand."""
+def _with_training_options(command: Callable[..., None], *, without: tuple[str, ...] = ()) -> Callable[..., None]:
+    """Replace `**options` by an option for each field of `TrainingOptions`, where names, defaults and help stand.
+
+    Args:
+        command: The command.
+        without: Fields that have no meaning for it.
+    """
     from neurograft.training.options import TrainingOptions
 
     own = introspection.signature(command, eval_str=True)
     parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
     for name, field in TrainingOptions.model_fields.items():
+        if name in without:
+            continue
         default = "" if field.default is None else f" [default: {field.default}]"
         annotation: Any = field.annotation
         if len(kinds := get_args(annotation)) > 1 and Literal["auto"] in kinds:
@@ -379,6 +387,85 @@ def evaluate(
         screen.result(report, lambda: render.evaluation(report))
     if report.passed is False:
         raise typer.Exit(EXIT_NO)
+
+
+@app.command()
+@partial(_with_training_options, without=("protocol", "at"))
+def recover(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A model directory that transplant wrote.")],
+    data: Annotated[
+        list[str],
+        typer.Option("--data", metavar="PATH", help="General or domain text to train on. Repeatable."),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Model directory to write.")],
+    organ: Annotated[
+        str | None, typer.Option("--organ", metavar="NAME", help="Around which organ, if there are several.")
+    ] = None,
+    scope: Annotated[
+        Literal["organ", "neighbours", "seams"],
+        typer.Option(
+            "--scope",
+            help="What trains: the organ's layers; also layers on each side; or only the vectors (weights of norms, "
+            "biases) of its first layer and of the first one behind it.",
+        ),
+    ] = "organ",
+    neighbours: Annotated[
+        int | None, typer.Option("--neighbours", help="Layers on each side, for that scope [default: 1].")
+    ] = None,
+    unfreeze: Annotated[
+        Literal["at_once", "gradual"],
+        typer.Option(
+            "--unfreeze",
+            help="gradual: first the organ alone, then one more layer on each side a stage; each stage has an equal "
+            "share of the budget.",
+        ),
+    ] = "at_once",
+    eval_data: Annotated[
+        list[str] | None,
+        typer.Option("--eval-data", metavar="PATH", help="Held-out text; else a share of the documents."),
+    ] = None,
+    general: Annotated[
+        list[str] | None,
+        typer.Option("--general", metavar="PATH", help="Other text to measure before and after. Repeatable."),
+    ] = None,
+    save_organ: Annotated[
+        Path | None, typer.Option("--save-organ", metavar="FILE", help="Write the recovered organ as well.")
+    ] = None,
+    text_column: TextColumn = "text",
+    document_separator: Separator = None,
+    encoding: Encoding = "utf-8",
+    overwrite: Overwrite = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+    **options: Any,
+) -> None:
+    """Train an organ where it stands, or what is around it; the original stays restorable to the bit."""
+    with _running(as_json, "reading the model") as screen:
+        from neurograft import recovery, render
+
+        if not directory.is_dir():
+            raise UsageError(f"{directory} is no directory; give the one that transplant wrote.")
+        with _training_display(screen) as progress:
+            record = recovery.recover(
+                directory,
+                data=data,
+                output=output,
+                organ=organ,
+                scope=scope,
+                neighbours=neighbours,
+                unfreeze=unfreeze,
+                eval_data=eval_data or None,
+                general=general or None,
+                save_organ=save_organ,
+                text_column=text_column,
+                document_separator=document_separator,
+                encoding=encoding,
+                overwrite=overwrite,
+                trust_remote_code=trust_remote_code,
+                progress=progress,
+                **options,
+            )
+        screen.result(record, lambda: render.recovery(record, str(output)))
 
 
 @app.command()

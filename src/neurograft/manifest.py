@@ -6,14 +6,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 RECORD_FILE = "neurograft.json"
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
 Mode = Literal["replace", "insert"]
 Protocol = Literal["in_place", "insert", "standalone"]
+Scope = Literal["organ", "neighbours", "seams"]
+Unfreeze = Literal["at_once", "gradual"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
+# A record may come from anywhere, and what it names is read and copied: nothing outside the folder of explants.
+ExplantPath = Annotated[str, Field(pattern=r"^explants/[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors$")]
 
 
 class _Part(BaseModel):
@@ -65,7 +69,7 @@ class Source(_Part):
 class Training(_Part):
     """How an organ was trained; counts and digests only, no text."""
 
-    protocol: Protocol
+    protocol: Protocol | Literal["recovery"]
     position: Count
     """How many host layers stood before the organ while it trained."""
     host: str
@@ -122,6 +126,9 @@ class Manifest(_Part):
     tokenizer: TokenizerFingerprint | None = None
     source: Source
     training: Training | None = None
+    """The last training."""
+    training_history: list[Training] = []
+    """The trainings before it, first to last; absent in schema 1."""
     evaluations: list[Evaluation] = []
     recommended_mode: Mode
     recommended_position: Count
@@ -135,6 +142,11 @@ class Manifest(_Part):
     def layer_count(self) -> int:
         """k: how many layers the organ has."""
         return len(self.anatomy.layer_values)
+
+    @property
+    def trainings(self) -> list[Training]:
+        """Every training of the organ, first to last."""
+        return [*self.training_history, *([self.training] if self.training else [])]
 
 
 class Origin(_Part):
@@ -156,10 +168,56 @@ class Operation(_Part):
     organ_file_digest: Digest
     mode: Mode
     position: Count
-    explant: str | None
+    explant: ExplantPath | None
     """Path, relative to the model directory, of the organ file that holds what `replace` took out."""
     explant_origins: list[Origin]
     """Where the layers in the explant came from."""
+    manifest: Manifest | None = None
+    """The organ's manifest as it was put in; absent in schema 1."""
+    when: str
+
+
+class ChangedLayer(_Part):
+    """One layer that a recovery trained."""
+
+    origin: Origin
+    """Where the layer came from, with the digest that it had before."""
+    digest: Digest
+    """Digest of the layer's tensors afterwards."""
+    tensors: list[str]
+    """Names, inside the layer, of the tensors that are not what they were."""
+    explant: ExplantPath | None
+    """Path, relative to the model directory, of the organ file that holds the layer as it was; `None` for the organ's
+    own layers, which a removal takes out anyway."""
+    explant_layer: Count = 0
+    """Number of the layer in that file."""
+
+
+class Stage(_Part):
+    """One stage of a recovery: what trained together, and for how long."""
+
+    layers: list[Count]
+    """Numbers, in the model, of the layers in which something trained."""
+    parameters: Count
+    """How many numbers trained."""
+    steps: Count
+    tokens_seen: Count
+
+
+class Recovery(_Part):
+    """One training around an organ after its transplant."""
+
+    organ: Name
+    scope: Scope
+    neighbours: Count
+    """Layers on each side of the organ that trained with it; 0 unless the scope is `neighbours`."""
+    unfreeze: Unfreeze
+    stages: list[Stage]
+    changed: list[ChangedLayer]
+    """What is not as it was before, the organ's own layers included."""
+    training: Training
+    evaluations: list[Evaluation]
+    """Perplexity before and after, on held-out text and, if that was given, on general text."""
     when: str
 
 
@@ -178,3 +236,5 @@ class SurgicalRecord(_Part):
     layers: list[Origin]
     """One entry for each layer of this model, in order."""
     operations: list[Operation]
+    recoveries: list[Recovery] = []
+    """In the order in which they were done; absent in schema 1."""

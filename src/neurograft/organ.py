@@ -132,7 +132,13 @@ def write_organ(organ: Organ, path: Path, *, overwrite: bool = False) -> Organ:
         raise UsageError(f"an organ file's name ends in .safetensors, and {path} does not.")
     refuse_not_finite(organ.tensors, organ.name)
     tensors = {name: tensor.contiguous().clone() for name, tensor in organ.tensors.items()}
-    manifest = organ.manifest.model_copy(update={"tensors_digest": tensors_digest(tensors), "file_digest": UNSEALED})
+    manifest = organ.manifest.model_copy(
+        update={
+            "schema_version": SCHEMA_VERSION,  # what was read from an older file may have gained what that lacks
+            "tensors_digest": tensors_digest(tensors),
+            "file_digest": UNSEALED,
+        }
+    )
     with atomic_file(path, overwrite=overwrite) as temporary:
         require_space(path.parent, sum(tensor.nbytes for tensor in tensors.values()) + (1 << 20))
         save_file(tensors, temporary, metadata={METADATA_KEY: manifest.model_dump_json()})

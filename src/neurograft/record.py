@@ -99,6 +99,7 @@ def make_record(
         position=at,
         explant=explant,
         explant_origins=before[at : at + organ.layer_count] if explant else [],
+        manifest=organ.manifest,
         when=now(),
     )
     return SurgicalRecord(
@@ -113,6 +114,7 @@ def make_record(
         config_digest=file_sha256(target / "config.json"),
         layers=layers,
         operations=[*(previous.operations if previous else []), operation],
+        recoveries=previous.recoveries if previous else [],
     )
 
 

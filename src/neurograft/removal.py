@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
 from neurograft import __version__
-from neurograft.anatomy import layer_origins
+from neurograft.anatomy import LayerOrigin, layer_origins
 from neurograft.checkpoint import Checkpoint, open_checkpoint
-from neurograft.errors import ModelError, UsageError, VerificationError
+from neurograft.errors import ModelError, OrganFileError, VerificationError
 from neurograft.files import (
     atomic_directory,
     check_output_directory,
@@ -24,6 +25,7 @@ from neurograft.files import (
 from neurograft.layer_values import Row
 from neurograft.manifest import (
     RECORD_FILE,
+    SCHEMA_VERSION,
     Digest,
     Operation,
     Origin,
@@ -34,9 +36,18 @@ from neurograft.models import (
     ModelDirectory,
     resolve,
 )
-from neurograft.organ import Organ, read_organ
+from neurograft.organ import read_organ
 from neurograft.planning import Step, make_plan, organ_origins
 from neurograft.record import EXPLANT_FOLDER, layer_digest, read_record
+from neurograft.undoing import (
+    ExplantLayer,
+    OldLayer,
+    choose_operation,
+    explants_of,
+    label_of,
+    layers_without,
+    recoveries_without,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +71,48 @@ class Removal(BaseModel):
     organs_left: list[str]
 
 
+@dataclass(frozen=True)
+class _Explanted:
+    """Layers out of several explants, numbered as if they were one organ's."""
+
+    numbers: dict[ExplantLayer, int]
+    tensors: dict[str, torch.Tensor]
+    """`layers.{number}.{name}` -> tensor."""
+    rows: list[Row]
+    """Their per-layer configuration values."""
+    known: list[LayerOrigin]
+
+    @classmethod
+    def read(cls, folder: Path, layers: Sequence[OldLayer]) -> _Explanted:
+        """Read the explants, relative to `folder`, that some layers of the model without an organ come from.
+
+        Raises:
+            OrganFileError: One is missing, altered, or lacks a layer.
+        """
+        wanted = [layer.source for layer in layers if isinstance(layer.source, ExplantLayer)]
+        organs = {path: read_organ(folder / path) for path in dict.fromkeys(source.path for source in wanted)}
+        known = {path: organ_origins(organ) for path, organ in organs.items()}
+        read = cls({}, {}, [], [])
+        for number, source in enumerate(wanted):
+            organ = organs[source.path]
+            if source.layer >= organ.layer_count:
+                raise OrganFileError(f"{folder / source.path} has {organ.layer_count} layers, and one more is needed.")
+            read.numbers[source] = number
+            read.tensors.update({f"layers.{number}.{n}": t for n, t in organ.layer(source.layer).items()})
+            read.rows.append(organ.manifest.anatomy.layer_values[source.layer])
+            read.known.append(known[source.path][source.layer])
+        return read
+
+    def steps(self, layers: Sequence[OldLayer]) -> tuple[Step, ...]:
+        """Say where each layer of the model without the organ comes from."""
+        return tuple(
+            Step("organ", self.numbers[layer.source])
+            if isinstance(layer.source, ExplantLayer)
+            else Step("recipient", layer.source)
+            for layer in layers
+        )
+
+
 def remove(
     directory: str | Path,
     *,
@@ -71,14 +124,15 @@ def remove(
     """Take an organ out of a transplanted model directory, and prove by digest that nothing of it is left.
 
     Args:
-        directory: A directory that `transplant` wrote.
+        directory: A directory that `transplant` or `recover` wrote.
         organ: Which organ, by name; may be left out where there is only one.
         output: Directory to write.
         overwrite: Whether an existing model directory may be replaced.
         trust_remote_code: See `neurograft.models.resolve`.
 
     Raises:
-        UsageError: No such organ, several and none named, or `output` exists or overlaps the input.
+        UsageError: No such organ, several and none named, another has to go first, or `output` exists or overlaps the
+            input.
         ModelError: The directory holds no transplanted model.
         VerificationError: The result is not the original's to the bit, because the model was changed since; nothing was
             written.
@@ -88,15 +142,16 @@ def remove(
     record = read_record(source.path)
     if record is None:
         raise ModelError(f"{source.path} has no {RECORD_FILE}: no organ was put into it by neurograft.")
-    operation = _choose_operation(record, organ)
+    operation = choose_operation(record, organ)
     checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
     if checkpoint.layer_count != len(record.layers):
         raise ModelError(
             f"{source.path} has {checkpoint.layer_count} layers and its {RECORD_FILE} describes {len(record.layers)}."
         )
-    explant = read_organ(source.path / operation.explant) if operation.explant else None
-    steps, origins = _steps_without(record, operation)
-    tensors = planned_tensors(checkpoint, steps, explant.tensors if explant else {})
+    old = layers_without(record, operation)
+    explanted = _Explanted.read(source.path, old)
+    steps, origins = explanted.steps(old), [layer.origin for layer in old]
+    tensors = planned_tensors(checkpoint, steps, explanted.tensors)
     digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
     left = [other for other in record.operations if other is not operation]
     _prove_layers(digests, checkpoint.layer_prefix, origins, operation.organ)
@@ -108,56 +163,17 @@ def remove(
         )
     with atomic_directory(output, overwrite=overwrite) as temporary:
         log.info("writing %s", output)
-        _write_removed(checkpoint, record, operation, left, steps, explant, tensors, origins, digests, temporary)
+        _write_removed(checkpoint, record, operation, left, steps, explanted, tensors, origins, digests, temporary)
         log.info("reading the result back to prove it")
         return _prove(record, operation, left, temporary, output, trust_remote_code)
-
-
-def _choose_operation(record: SurgicalRecord, organ: str | None) -> Operation:
-    names = [operation.organ for operation in record.operations]
-    if organ is None and len(names) == 1:
-        return record.operations[0]
-    if organ is None:
-        raise UsageError(f"the model holds several organs ({', '.join(names)}); say which one with --organ.")
-    if organ not in names:
-        raise UsageError(f"the model holds no organ named {organ}; it holds {', '.join(names)}.")
-    return record.operations[names.index(organ)]
-
-
-def _steps_without(record: SurgicalRecord, operation: Operation) -> tuple[tuple[Step, ...], list[Origin]]:
-    """Plan the model without one organ: its layers go, or make room for those that they replaced.
-
-    Raises:
-        UsageError: A later organ replaced some of its layers.
-    """
-    own = {origin.layer for origin in record.layers if origin.organ == operation.organ}
-    later = record.operations[record.operations.index(operation) + 1 :]
-    over = [other.organ for other in later if any(origin.organ == operation.organ for origin in other.explant_origins)]
-    if over:
-        raise UsageError(f"the organ {over[-1]} replaced layers of {operation.organ}; remove {over[-1]} first.")
-    if operation.mode == "replace" and own != set(range(len(operation.explant_origins))):
-        raise ModelError(f"the surgical record does not list all layers of {operation.organ}.")
-    steps: list[Step] = []
-    origins: list[Origin] = []
-    for position, origin in enumerate(record.layers):
-        if origin.organ != operation.organ:
-            steps.append(Step("recipient", position))
-            origins.append(origin)
-        elif operation.mode == "replace":
-            steps.append(Step("organ", origin.layer))
-            origins.append(operation.explant_origins[origin.layer])
-    return tuple(steps), origins
 
 
 def _prove_layers(digests: Mapping[str, str], prefix: str, origins: Sequence[Origin], organ: str) -> None:
     for position, origin in enumerate(origins):
         if layer_digest(digests, prefix, position) != origin.digest:
-            owner = (
-                f"layer {origin.layer} of {origin.organ}" if origin.organ else f"the original's layer {origin.layer}"
-            )
             raise VerificationError(
-                f"{owner} was changed since the transplant, so removing {organ} would not restore it; nothing was "
-                f"written."
+                f"{label_of(origin)} was changed since the transplant, so removing {organ} would not restore it; "
+                "nothing was written."
             )
 
 
@@ -167,7 +183,7 @@ def _write_removed(
     operation: Operation,
     left: list[Operation],
     steps: tuple[Step, ...],
-    explant: Organ | None,
+    explanted: _Explanted,
     tensors: Mapping[str, torch.Tensor],
     origins: list[Origin],
     digests: Mapping[str, str],
@@ -176,22 +192,18 @@ def _write_removed(
     if not left:
         write_files(checkpoint, tensors, record.original_config, target)
         return
-    rows: dict[str, list[Row]] = {
-        "recipient": checkpoint.rows,
-        "organ": explant.manifest.anatomy.layer_values if explant else [],
-    }
-    known = {
-        "recipient": layer_origins(checkpoint.skeleton, "the model"),
-        "organ": organ_origins(explant) if explant else [],
-    }
+    rows = {"recipient": checkpoint.rows, "organ": explanted.rows}
+    known = {"recipient": layer_origins(checkpoint.skeleton, "the model"), "organ": explanted.known}
     write_model(checkpoint, make_plan(checkpoint.skeleton, steps, rows, known), tensors, target)
     (target / EXPLANT_FOLDER).mkdir()
-    for other in left:
-        if other.explant:
-            shutil.copyfile(checkpoint.directory.path / other.explant, target / other.explant)
+    recoveries = recoveries_without(record, operation.organ)
+    for path in explants_of(left, recoveries):
+        shutil.copyfile(checkpoint.directory.path / path, target / path)
     update = {
+        "schema_version": SCHEMA_VERSION,
         "layers": origins,
         "operations": left,
+        "recoveries": recoveries,
         "tensors_digest": combine_digests(digests),
         "config_digest": file_sha256(target / "config.json"),
         "neurograft_version": __version__,

@@ -116,6 +116,37 @@ def record(surgery: SurgicalRecord, output: str) -> RenderableType:
     return facts(output, rows)
 
 
+def recovery(surgery: SurgicalRecord, output: str) -> RenderableType:
+    """Render what the last recovery did."""
+    done = surgery.recoveries[-1]
+    rows = [
+        ("organ", done.organ),
+        ("scope", done.scope + (f", {done.neighbours} on each side" if done.neighbours else "")),
+    ]
+    for number, stage in enumerate(done.stages, start=1):
+        rows.append(
+            (
+                f"stage {number}" if len(done.stages) > 1 else "trained",
+                f"{stage.parameters:,} numbers in layers {', '.join(map(str, stage.layers))}: {stage.tokens_seen:,} "
+                f"tokens, steps: {stage.steps}",
+            )
+        )
+    for evaluation in done.evaluations:
+        rows.append(
+            (
+                "perplexity",
+                f"{evaluation.before:.2f} before, {evaluation.after:.2f} after, on {evaluation.data} "
+                f"({evaluation.tokens:,} tokens)",
+            )
+        )
+    kept = {layer.explant for layer in done.changed if layer.explant}
+    rows += [
+        ("kept", ", ".join(sorted(kept)) or "nothing but the organ's own layers changed"),
+        ("tensors digest", surgery.tensors_digest),
+    ]
+    return facts(output, rows)
+
+
 def cache(report: CacheReport) -> RenderableType:
     """Render what the cache holds or held."""
     table = Table(title=f"{report.folder}{', deleted' if report.cleared else ''}", title_justify="left")

@@ -359,7 +359,8 @@ class TrainingRun:
         else:
             with self._prefix.noted(cache.dtype) as seen:
                 yield
-            cache.write(rows, seen[0])
+            if seen:
+                cache.write(rows, seen[0])
 
     def _open_caches(self, position: int) -> dict[str, PrefixCache | None]:
         """Open the caches of what enters the trained layers, where they are wanted and possible."""

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("neurograft")
 
 # Options that change how long a run takes, and not what it comes to.
-_NO_EFFECT = {"checkpoint_every"}
+NO_EFFECT = {"checkpoint_every"}
 
 
 def train(
@@ -92,7 +92,7 @@ def train(
         processes.on_first(lambda: check_output_file(Path(output), overwrite=overwrite))
     organ = organ if isinstance(organ, Organ) else read_organ(organ)
     reading = {"text_column": text_column, "document_separator": document_separator, "encoding": encoding}
-    texts = _read_texts(data, eval_data, chosen, reading)
+    texts = read_texts(data, eval_data, chosen, reading)
     resume = None if output is None else state_path(Path(output))
     with whole_weights():
         trained = _train(organ, host, texts, chosen, trust_remote_code, progress, resume)
@@ -119,7 +119,18 @@ def _write(processes: Processes, organ: Organ, output: Path, resume: Path, *, ov
     return Organ(Manifest.model_validate_json(text), organ.tensors, output)
 
 
-def _read_texts(paths: Any, eval_paths: Any, options: TrainingOptions, reading: dict[str, Any]) -> Texts:
+def read_texts(paths: Any, eval_paths: Any, options: TrainingOptions, reading: dict[str, Any]) -> Texts:
+    """Read the text to train on and the held-out text, which is a share of the former where none is given.
+
+    Args:
+        paths: See `neurograft.data.read_documents`.
+        eval_paths: The same, or `None`.
+        options: Say how large the share is.
+        reading: Further arguments of `read_documents`.
+
+    Raises:
+        DataError: There is no text, or it can't be read.
+    """
     log.info("reading the text")
     documents = data.read_documents(paths, **reading)
     if eval_paths is not None:
@@ -206,7 +217,7 @@ def _run_key(organ: Organ, host: ModelDirectory, texts: Texts, options: Training
         "organ": combine_digests({name: tensor_digest(tensor) for name, tensor in organ.tensors.items()}),
         "host": [str(host.path.resolve()), host.revision, files],
         "texts": [data.fingerprint(texts.training), data.fingerprint(texts.held_out)],
-        "options": options.model_dump(exclude=_NO_EFFECT),
+        "options": options.model_dump(exclude=NO_EFFECT),
         "versions": versions(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
@@ -250,11 +261,7 @@ def _trained_organ(
         documents=len(texts.training),
         tokens_seen=run.state.tokens_seen,
         steps=run.state.step,
-        hyperparameters={
-            **options.model_dump(exclude={"protocol", "seed", *_NO_EFFECT}),
-            "lr": run.lr,
-            "kernels": run.arithmetic.kernels,
-        },
+        hyperparameters=hyperparameters_of(run),
         seed=options.seed,
         versions=versions(),
         seconds=round(run.state.seconds, 1),
@@ -270,12 +277,19 @@ def _trained_organ(
     update: dict[str, Any] = {
         "anatomy": anatomy,
         "training": training,
+        "training_history": organ.manifest.trainings,
         "evaluations": [evaluation],
         "recommended_mode": mode,
         "recommended_position": first if options.protocol != "standalone" else organ.manifest.recommended_position,
         "probe": probe.to_manifest(answers, "float32"),
     }
     return Organ(organ.manifest.model_copy(update=update), tensors)
+
+
+def hyperparameters_of(run: TrainingRun) -> dict[str, Any]:
+    """Return how a run trained, for its organ's manifest; what was left to be chosen is there as it was chosen."""
+    chosen = {"lr": run.lr, "kernels": run.arithmetic.kernels}
+    return {**run.options.model_dump(exclude={"protocol", "seed", *NO_EFFECT}), **chosen}
 
 
 def _mode_of(protocol: Protocol) -> Mode:
