@@ -199,7 +199,7 @@ def test_lock_pins_everything_that_pyproject_asks_for() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     pins, demo = _pins("requirements.lock"), _pins("requirements-demo.lock")
-    for text in [*project["dependencies"], *extras["dev"], *extras["docs"]]:
+    for text in [*project["dependencies"], *extras["dev"], *extras["docs"], *extras["compare"]]:
         requirement = Requirement(text)
         assert pins[canonicalize_name(requirement.name)] in requirement.specifier
     for text in extras["demo"]:
