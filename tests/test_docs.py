@@ -45,7 +45,18 @@ def test_verbs_page_is_what_help_says() -> None:
 
 def test_every_verb_has_a_section() -> None:
     page = (ROOT / "docs" / "verbs.md").read_text(encoding="utf-8")
-    for verb in ("extract", "train", "inspect", "check", "transplant", "evaluate", "remove", "cache", "demo"):
+    for verb in (
+        "extract",
+        "train",
+        "inspect",
+        "check",
+        "transplant",
+        "evaluate",
+        "compare",
+        "remove",
+        "cache",
+        "demo",
+    ):
         assert f"\n## {verb}\n" in page
 
 

@@ -210,6 +210,7 @@ def prepare(
 
     Raises:
         IncompatibleError: The organ does not fit.
+        NeurograftError: peft can't adapt a model of this kind.
     """
     if isinstance(settings, AdapterSettings):
         return _prepare_adapter(model, settings, dora=method.name == "dora", seed=seed)
@@ -231,8 +232,12 @@ def _prepare_adapter(model: Any, settings: AdapterSettings, *, dora: bool, seed:
         lora_dropout=0.0,
         use_dora=dora,
     )
-    with _quiet_peft():
-        adapted: Any = get_peft_model(model, config)
+    try:
+        with _quiet_peft():
+            adapted: Any = get_peft_model(model, config)
+    except ValueError as error:
+        kind = "DoRA" if dora else "LoRA"
+        raise NeurograftError(f"peft can't put {kind} on this {model.config.model_type} model: {error}") from error
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def ship(folder: Path) -> int:

@@ -231,7 +231,7 @@ def compare(
     a_step = shared.batch_size * shared.sequence_length
     budget = max(search_tokens or tokens // 4, a_step)
     with _Desk(folder, directory, text, shared, isolated, trust_remote_code) as desk:
-        untrained = desk.run(None, {}, {}, "the untrained model").perplexity
+        untrained = desk.run(None, {}, {}, "evaluating the untrained model").perplexity
         found = _search(desk, chosen, tries, budget)
         runs = _measure(desk, chosen, found, seeds)
         report = Comparison(

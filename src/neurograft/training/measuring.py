@@ -270,10 +270,9 @@ def measure_apart(job: Job, cache: str, show: Show) -> Measured:
         NeurograftError: The job failed, or its process died.
     """
     environment = {**os.environ, "NEUROGRAFT_CACHE": cache}
-    command = [sys.executable, "-m", "neurograft.training.measuring"]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+            _command(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
         )
         try:
             answer = _converse(process, job, show)
@@ -289,6 +288,10 @@ def measure_apart(job: Job, cache: str, show: Show) -> Measured:
     if "error" in answer:
         raise NeurograftError(answer["error"])
     return Measured.model_validate(answer)
+
+
+def _command() -> list[str]:
+    return [sys.executable, "-m", "neurograft.training.measuring"]
 
 
 def _converse(process: subprocess.Popen[str], job: Job, show: Show) -> dict[str, Any] | None:
