@@ -14,7 +14,7 @@ from neurograft.organ import Organ, read_organ
 from neurograft.training.baselines import METHODS, OrganSettings, Prepared, find_methods, prepare
 from neurograft.training.loop import Batches, Texts, TrainingRun
 from neurograft.training.options import parse_options
-from neurograft.training.search import Range, Settings, read_spaces, settings_to_try
+from neurograft.training.search import Range, Settings, Space, read_spaces, settings_to_try
 from tiny import logits, make_model, make_tokenizer
 
 TEXTS = Texts([f"report {n}: nothing seen in the left lung, grade {n % 4}" for n in range(20)], ["report 99: all well"])
@@ -159,7 +159,7 @@ def test_every_usual_space_is_valid_and_large_enough() -> None:
 
 
 def test_few_trials_are_spread_over_the_space() -> None:
-    space = {"lr": Range(low=1e-4, high=1e-2), "rank": [8, 64]}
+    space: Space = {"lr": Range(low=1e-4, high=1e-2), "rank": [8, 64]}
     tried = settings_to_try(space, 4, "lora")
     assert tried[0] == {"lr": 1e-3, "rank": 64}  # the middle
     assert tried == settings_to_try(space, 9, "lora")[:4]

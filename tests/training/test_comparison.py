@@ -280,7 +280,7 @@ def test_refusals(donor: Path, text: Path, tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "layers.json").write_text('{"organ": {"layers": [7]}}')
     (tmp_path / "few.json").write_text('{"organ": {"lr": [0.1]}}')
     before = sorted(tmp_path.iterdir())
-    for changes, kind, reason in [
+    wrong: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"methods": "organ,prefix"}, UsageError, "there is no method prefix"),
         ({"data": tmp_path / "two.txt"}, DataError, "2 documents can't be divided into training, validation and test"),
         ({"data": tmp_path / "three.txt"}, DataError, "fills 1 sequences of 16 tokens, and a batch takes 4"),
@@ -294,7 +294,8 @@ def test_refusals(donor: Path, text: Path, tmp_path: Path, monkeypatch: pytest.M
         ({"seeds": 0}, UsageError, "at least one of each"),
         ({"lr": 1e-3}, UsageError, "compare decides lr itself"),
         ({"wings": 2}, UsageError, "--wings"),
-    ]:
+    ]
+    for changes, kind, reason in wrong:
         arguments = {**SMALL, "data": text, "output": tmp_path / "out", "methods": "organ", **changes}
         with pytest.raises(kind, match=re.escape(reason)):
             compare(donor, **arguments)

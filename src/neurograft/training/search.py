@@ -101,7 +101,7 @@ def read_spaces(path: Path) -> dict[str, Space]:
     Raises:
         UsageError: It can't be read or is not of that form; one sentence names the place.
     """
-    import yaml  # type: ignore[import-untyped,unused-ignore]
+    import yaml
 
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
