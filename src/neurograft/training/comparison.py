@@ -362,7 +362,7 @@ class _Desk:
         trust: bool,
     ) -> None:
         self.folder, self.directory, self.text, self.options = folder, directory, text, options
-        self.isolated, self.trust = isolated, trust
+        self.isolated, self.trust, self._doing = isolated, trust, "the comparison"
         self.layer_count = _layer_count(directory, trust)
 
     def __enter__(self) -> _Desk:
@@ -375,8 +375,12 @@ class _Desk:
         self._start = {"model": [str(self.directory.path), files], "texts": texts, "on": [_versions(), _machine()]}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         self._organs.cleanup()
+        if kind is KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"{self._doing} was not finished; the same command goes on after what was finished before it"
+            ) from error
 
     def run(
         self, method: Method | None, settings: Settings, changes: dict[str, Any], title: str, *, final: bool = True
@@ -394,6 +398,7 @@ class _Desk:
             NeurograftError: It failed.
             KeyboardInterrupt: Interrupted.
         """
+        self._doing = title
         options = {**self.options.model_dump(mode="json", exclude_none=True), **changes}
         what = {
             **self._start, "method": None if method is None else method.name, "settings": settings,
@@ -424,13 +429,8 @@ class _Desk:
 
     def _measure(self, job: Job, title: str) -> Measured:
         measure = measuring.measure_apart if self.isolated else measuring.measure_here
-        try:
-            with measuring.own_cache(self.folder) as cache:
-                return measure(job, cache, lambda line: log.info("%s: %s", title, line))
-        except KeyboardInterrupt as interrupt:
-            raise KeyboardInterrupt(
-                f"{title} was not finished; the same command goes on after what was finished before it"
-            ) from interrupt
+        with measuring.own_cache(self.folder) as cache:
+            return measure(job, cache, lambda line: log.info("%s: %s", title, line))
 
     def _organ(self, method: Method | None, settings: Settings) -> str | None:
         """Write the organ that a method starts from, outside the process that is measured; `None` if it needs none."""
