@@ -22,7 +22,7 @@ from neurograft.cli import app
 from tiny import LAYERS
 
 Run = Callable[..., Result]
-VERBS = ("extract", "train", "inspect", "check", "transplant", "recover", "evaluate", "remove", "demo")
+VERBS = ("extract", "train", "inspect", "check", "transplant", "recover", "evaluate", "compare", "remove", "demo")
 
 
 @pytest.fixture

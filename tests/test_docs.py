@@ -45,7 +45,7 @@ def test_verbs_page_is_what_help_says() -> None:
 
 def test_every_verb_has_a_section() -> None:
     page = (ROOT / "docs" / "verbs.md").read_text(encoding="utf-8")
-    verbs = "extract train inspect check transplant recover evaluate remove cache demo"
+    verbs = "extract train inspect check transplant recover evaluate compare remove cache demo"
     for verb in verbs.split():
         assert f"\n## {verb}\n" in page
 
@@ -200,7 +200,7 @@ def test_lock_pins_everything_that_pyproject_asks_for() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     pins, demo = _pins("requirements.lock"), _pins("requirements-demo.lock")
-    for text in [*project["dependencies"], *extras["dev"], *extras["docs"]]:
+    for text in [*project["dependencies"], *extras["dev"], *extras["docs"], *extras["compare"]]:
         requirement = Requirement(text)
         assert pins[canonicalize_name(requirement.name)] in requirement.specifier
     for text in extras["demo"]:

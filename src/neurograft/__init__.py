@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from neurograft.surgery import attach as attach
     from neurograft.surgery import detach as detach
     from neurograft.surgery import graft as graft
+    from neurograft.training.comparison import compare as compare
     from neurograft.training.protocols import train as train
     from neurograft.transplantation import transplant as transplant
 
@@ -31,6 +32,7 @@ _HOMES = {
     "attach": "surgery:attach",
     "cache": "caching:cache",
     "check": "compat:check",
+    "compare": "training.comparison:compare",
     "demo": "demonstration:demo",
     "detach": "surgery:detach",
     "evaluate": "evaluation:evaluate",

@@ -10,7 +10,7 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from rich.console import Console
 
 from neurograft import __version__
 from neurograft.errors import NeurograftError, UsageError
+from neurograft.training.search import DECIDED_BY_COMPARE
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -178,7 +179,7 @@ def extract(
         screen.result(organ.manifest, lambda: render.manifest(organ.manifest, output.stat().st_size))
 
 
-def _with_training_options(command: Callable[..., None], *, without: tuple[str, ...] = ()) -> Callable[..., None]:
+def _with_training_options(command: Callable[..., None], *, without: Collection[str] = ()) -> Callable[..., None]:
     """Replace `**options` by an option for each field of `TrainingOptions`, where names, defaults and help stand.
 
     Args:
@@ -275,6 +276,82 @@ def _training_display(screen: _Screen) -> Iterator[Callable[[Any], None]]:
             screen.status.update(training_line(progress))
 
     yield show
+
+
+@app.command()
+@partial(_with_training_options, without=DECIDED_BY_COMPARE)
+def compare(
+    model: Annotated[str, typer.Option("--model", metavar="MODEL", help="The model that is adapted.")],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            "--data",
+            metavar="PATH",
+            help="Domain text: .txt, .jsonl, .json(.gz/.zst), .parquet, a folder, a Hub dataset. Repeatable.",
+        ),
+    ],
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Training tokens of each measured run.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the report and the finished runs.")],
+    general: Annotated[
+        list[str] | None,
+        typer.Option("--general", metavar="PATH", help="Other text, on which forgetting shows. Repeatable."),
+    ] = None,
+    eval_data: Annotated[
+        list[str] | None,
+        typer.Option("--eval-data", metavar="PATH", help="Test text; else a share of the documents."),
+    ] = None,
+    methods: Annotated[
+        str, typer.Option("--methods", help="Of organ, insert, standalone, lora, dora, full; separated by commas.")
+    ] = "organ,lora,dora,full",
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Measured runs of each method.")] = 3,
+    trials: Annotated[
+        int, typer.Option("--trials", min=1, help="Settings tried for each method; 1 for no search.")
+    ] = 6,
+    search_tokens: Annotated[
+        int | None,
+        typer.Option("--search-tokens", min=1, help="Training tokens of each trial [default: a quarter of --tokens]."),
+    ] = None,
+    search: Annotated[
+        Path | None,
+        typer.Option("--search", metavar="FILE", help="YAML or JSON: METHOD: {SETTING: [VALUE, ...] or {low, high}}."),
+    ] = None,
+    evaluations: Annotated[
+        int, typer.Option("--evaluations", min=1, help="Evaluations of the validation text in each measured run.")
+    ] = 12,
+    text_column: TextColumn = "text",
+    document_separator: Separator = None,
+    encoding: Encoding = "utf-8",
+    overwrite: Overwrite = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+    **options: Any,
+) -> None:
+    """Compare organs with LoRA, DoRA and full fine-tuning, each tuned as long as the others."""
+    with _running(as_json, "reading the text") as screen:
+        from neurograft import render
+        from neurograft.training import comparison
+
+        report = comparison.compare(
+            model,
+            data=data,
+            output=output,
+            tokens=tokens,
+            general=general or None,
+            eval_data=eval_data or None,
+            methods=methods,
+            seeds=seeds,
+            trials=trials,
+            search_tokens=search_tokens,
+            search=search,
+            evaluations=evaluations,
+            text_column=text_column,
+            document_separator=document_separator,
+            encoding=encoding,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            **{name: value for name, value in options.items() if value is not None},
+        )
+        screen.result(report, lambda: render.comparison(report, str(output)))
 
 
 @app.command()
@@ -390,7 +467,7 @@ def evaluate(
 
 
 @app.command()
-@partial(_with_training_options, without=("protocol", "at"))
+@partial(_with_training_options, without=("protocol", "at", "rank"))
 def recover(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A model directory that transplant wrote.")],
     data: Annotated[

@@ -353,6 +353,7 @@ def document_losses(
     """
     import torch
 
+    from neurograft.arithmetic import fast_float32
     from neurograft.loss import NextTokenLoss
 
     windows = sorted(_windows(token_lists, sequence_length, separator_id), key=lambda window: len(window.ids))
@@ -361,7 +362,7 @@ def document_losses(
     model.eval()
     try:
         losses = NextTokenLoss(model)
-        with torch.no_grad():
+        with torch.no_grad(), fast_float32(model.device):
             for start in range(0, len(windows), batch_size):
                 batch = windows[start : start + batch_size]
                 for window, loss in zip(batch, _window_losses(losses, batch, separator_id), strict=True):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from neurograft.evaluation import EvaluationReport
     from neurograft.manifest import Manifest, SurgicalRecord
     from neurograft.removal import Removal
+    from neurograft.training.comparison import Comparison
 
 _COLOURS = {"blocks": "bold red", "risks": "yellow", "notes": "dim"}
 
@@ -171,6 +172,21 @@ def removal(result: Removal) -> RenderableType:
     else:
         rows += [("still inside", ", ".join(result.organs_left)), ("tensors digest", result.tensors_digest)]
     return facts(result.output, rows)
+
+
+def comparison(report: Comparison, output: str) -> RenderableType:
+    """Render what `compare` found; every try of the search is in the files."""
+    from neurograft.training import comparison_report
+
+    tables = []
+    for header, rows in (comparison_report.main_table(report), comparison_report.time_table(report)):
+        table = Table(title_justify="left")
+        for number, column in enumerate(header):
+            table.add_column(Text(column), justify="left" if number == 0 or column == "settings" else "right")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        tables.append(table)
+    return Group(*tables, Text(comparison_report.conditions(report)), Text(f"written to {output}", style="green"))
 
 
 def evaluation(report: EvaluationReport) -> RenderableType:

@@ -1,0 +1,336 @@
+"""Train one model by one method and measure what that takes; in a process of its own, so that its memory is its own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from neurograft import data
+from neurograft.arithmetic import fast_float32
+from neurograft.data import PackedTokens
+from neurograft.errors import NeurograftError
+from neurograft.loss import NextTokenLoss
+from neurograft.models import ModelDirectory, load_config, load_model, load_tokenizer
+from neurograft.training.baselines import METHODS, prepare
+from neurograft.training.loop import Batches, Texts, TrainingProgress, TrainingRun
+from neurograft.training.options import parse_options
+from neurograft.training.search import Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger("neurograft")
+Show = Callable[[str], None]
+_ANSWER = "neurograft-answer "
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Job(_Part):
+    """What one run needs to know."""
+
+    model: str
+    """Path of a transformers directory."""
+    method: str | None
+    """`None` to evaluate the model as it is."""
+    settings: Settings = {}
+    options: dict[str, Any] = {}
+    """Training options that are the same for every method."""
+    organ: str | None = None
+    """Path of the organ file that training starts from, where the method trains an organ."""
+    training: list[str]
+    validation: list[str]
+    evaluated: dict[str, list[str]] = {}
+    """Documents to evaluate after training, under a name."""
+    trust_remote_code: bool = False
+
+
+class Point(_Part):
+    """One held-out evaluation during training."""
+
+    step: int
+    seconds: float
+    """Of training so far, held-out evaluations not counted."""
+    perplexity: float
+    """On the validation text."""
+
+
+class Measured(_Part):
+    """What one run came to."""
+
+    perplexity: dict[str, float]
+    """On `validation` and on whatever else was to be evaluated, packed, by the model as it is put to use."""
+    curve: list[Point] = []
+    curve_counts: bool = True
+    """Whether the curve's perplexities are those of the model that is put to use; not so for `standalone`."""
+    seconds: float = 0.0
+    """Of training: caching of hidden states included, held-out evaluations and loading of the model not."""
+    seconds_with_evaluations: float = 0.0
+    tokens_seen: int = 0
+    steps: int = 0
+    memory_beyond_model: int = 0
+    """Bytes: the peak while training, less what the process held once the model was loaded."""
+    memory_with_model: int = 0
+    """Bytes: the peak while training, of the whole process (on GPUs: of what torch allocated)."""
+    trainable_parameters: int = 0
+    trainable_bytes: int = 0
+    shipped_bytes: int = 0
+
+
+class _TimedRun(TrainingRun):
+    """Notes when each held-out evaluation began, on a clock that stands still while one runs."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.started, self.evaluating, self.began = time.monotonic(), 0.0, dict[int, float]()
+        super().__init__(*args, **kwargs)
+
+    def held_out_loss(self) -> float:
+        started = time.monotonic()
+        self.began.setdefault(self.state.step, started - self.started - self.evaluating)
+        loss = super().held_out_loss()
+        self.evaluating += time.monotonic() - started
+        return loss
+
+
+def measure(job: Job, show: Show | None = None) -> Measured:
+    """Train and evaluate, in this process.
+
+    Args:
+        job: What to do.
+        show: Called with one line about how far it has come, after each step.
+
+    Raises:
+        NeurograftError: Training diverged, or something does not fit.
+    """
+    directory = ModelDirectory(Path(job.model), Path(job.model).name)
+    tokenizer = load_tokenizer(directory, trust_remote_code=job.trust_remote_code)
+    model = load_model(directory, dtype=torch.float32, trust_remote_code=job.trust_remote_code)
+    torch.nn.Module.to(model, torch.accelerator.current_accelerator() or torch.device("cpu"))
+    if job.method is None:
+        return Measured(perplexity=_perplexities(model, tokenizer, job))
+    method = METHODS[job.method]
+    own, searched = method.parse(job.settings)
+    options = parse_options(**{**job.options, **searched})
+    batches = Batches.build(Texts(job.training, job.validation), tokenizer, options)
+    dtype: Any = load_config(directory, trust_remote_code=job.trust_remote_code).dtype
+    memory = PeakMemory(model)
+    prepared = prepare(
+        model,
+        method,
+        own,
+        organ=None if job.organ is None else Path(job.organ),
+        stored=dtype or torch.float32,
+        rank=options.rank,
+        seed=options.seed,
+    )
+    trainee = prepared.trainee
+    run = _TimedRun(model, trainee, batches, options, progress=_shower(show))
+    run.train()
+    elapsed = time.monotonic() - run.started
+    peak = memory.peak()
+    prepared.deploy()
+    with tempfile.TemporaryDirectory() as folder:
+        shipped = prepared.ship(Path(folder))
+    return Measured(
+        perplexity=_perplexities(model, tokenizer, job),
+        curve=[
+            Point(step=step, seconds=run.began[step], perplexity=_perplexity(loss))
+            for step, loss in run.state.held_out
+            if math.isfinite(loss)
+        ],
+        curve_counts=prepared.curve_counts,
+        seconds=elapsed - run.evaluating,
+        seconds_with_evaluations=elapsed,
+        tokens_seen=run.state.tokens_seen,
+        steps=run.state.step,
+        memory_beyond_model=max(peak - memory.before, 0),
+        memory_with_model=peak,
+        trainable_parameters=sum(parameter.numel() for parameter in trainee.parameters),
+        trainable_bytes=sum(parameter.nbytes for parameter in trainee.parameters),
+        shipped_bytes=shipped,
+    )
+
+
+def _shower(show: Show | None) -> Callable[[TrainingProgress], None] | None:
+    from neurograft.progress import training_line
+
+    return None if show is None else lambda progress: show(training_line(progress))
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700))
+
+
+def _perplexities(model: PreTrainedModel, tokenizer: Any, job: Job) -> dict[str, float]:
+    """Evaluate the model as it is now on the validation text and the others, packed as in training."""
+    options = parse_options(**job.options)
+    loss, found = NextTokenLoss(model.eval()), {}
+    for name, documents in {"validation": job.validation, **job.evaluated}.items():
+        # Held-out text is packed and cut to `eval_tokens` where batches are built, so all of it is done there.
+        packed = Batches.build(Texts(documents, documents), tokenizer, options).held_out
+        value = _mean_loss(loss, packed, options.batch_size)
+        if not math.isfinite(value):
+            raise NeurograftError(f"the loss on the {name} text is {value} after training.")
+        found[name] = _perplexity(value)
+    return found
+
+
+def _mean_loss(loss: NextTokenLoss, packed: PackedTokens, batch_size: int) -> float:
+    """Return the mean loss in nats per token."""
+    total, count = 0.0, int((packed.labels[:, 1:] != data.IGNORED_LABEL).sum())
+    with torch.no_grad(), fast_float32(loss.model.device):
+        for start in range(0, len(packed.input_ids), batch_size):
+            rows = slice(start, start + batch_size)
+            total += float(loss(packed.input_ids[rows], packed.labels[rows]).double().sum())
+    return total / max(count, 1)
+
+
+class PeakMemory:
+    """The largest memory that this process held since a model was loaded.
+
+    On CUDA devices it is what torch allocated there, on Linux the resident size, whose peak can be reset; elsewhere the
+    peak since the process began.
+
+    Args:
+        model: The model that was just loaded.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.cuda = model.device.type == "cuda"
+        for parameter in model.parameters():
+            parameter.sum()  # weights may lie in mapped files, which are not resident until they are touched
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+            return
+        _reset_resident_peak()
+        self.before = self.peak()
+
+    def peak(self) -> int:
+        """Return the peak so far, in bytes."""
+        return torch.cuda.max_memory_allocated() if self.cuda else _resident_peak()
+
+
+def _reset_resident_peak() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        log.debug("the peak of the resident size can't be reset here")
+
+
+def _resident_peak() -> int:
+    """Return the largest resident size of this process, in bytes: since the last reset where that is possible."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@contextmanager
+def own_cache(folder: Path) -> Iterator[str]:
+    """Yield a new, empty cache, gone afterwards: no run profits from what another one has cached."""
+    with tempfile.TemporaryDirectory(prefix=".cache-", dir=folder) as cache:
+        yield cache
+
+
+def measure_here(job: Job, cache: str, show: Show) -> Measured:
+    """Run a job in this process, with a cache of its own."""
+    before = os.environ.get("NEUROGRAFT_CACHE")
+    os.environ["NEUROGRAFT_CACHE"] = cache
+    try:
+        return measure(job, show)
+    finally:
+        if before is None:
+            os.environ.pop("NEUROGRAFT_CACHE", None)
+        else:
+            os.environ["NEUROGRAFT_CACHE"] = before
+
+
+def measure_apart(job: Job, cache: str, show: Show) -> Measured:
+    """Run a job in a process of its own; the text goes to it through a pipe and is not written anywhere.
+
+    Raises:
+        NeurograftError: The job failed, or its process died.
+    """
+    environment = {**os.environ, "NEUROGRAFT_CACHE": cache}
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+        process = subprocess.Popen(
+            _command(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+        )
+        try:
+            answer = _converse(process, job, show)
+            code = process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+        if answer is None:
+            errors.seek(0)
+            last = errors.read().strip().rpartition("\n")[2]
+            raise NeurograftError(_explain_death(code, last))
+    if "error" in answer:
+        raise NeurograftError(answer["error"])
+    return Measured.model_validate(answer)
+
+
+def _command() -> list[str]:
+    return [sys.executable, "-m", "neurograft.training.measuring"]
+
+
+def _converse(process: subprocess.Popen[str], job: Job, show: Show) -> dict[str, Any] | None:
+    """Hand over the job, pass on the lines that tell its progress, return its answer if there is one."""
+    if process.stdin is None or process.stdout is None:
+        raise RuntimeError("the process has no pipes")
+    try:
+        with process.stdin as stream:
+            stream.write(job.model_dump_json())
+    except BrokenPipeError:
+        return None
+    answer: dict[str, Any] | None = None
+    for line in process.stdout:
+        if line.startswith(_ANSWER):
+            answer = json.loads(line.removeprefix(_ANSWER))
+        else:
+            show(line.strip())
+    return answer
+
+
+def _explain_death(code: int, last: str) -> str:
+    if code < 0:
+        return f"the process that trained was ended by signal {-code}; the machine's memory may be too small for it."
+    return f"the process that trained ended with status {code}: {last or 'it said nothing'}"
+
+
+def main() -> None:
+    """Read a job from standard input, run it, and answer on standard output."""
+    job = Job.model_validate_json(sys.stdin.read())
+    try:
+        answer = measure(job, lambda line: print(line, flush=True)).model_dump_json()
+    except NeurograftError as error:
+        answer = json.dumps({"error": str(error)})
+    except KeyboardInterrupt:
+        sys.exit(130)
+    print(f"{_ANSWER}{answer}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Search spaces as data, and the settings that a search tries in them: as many for each method."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from neurograft.errors import UsageError
+
+Value = bool | int | float | str
+Settings = dict[str, Value]
+
+# Options of `train` that `compare` decides itself.
+DECIDED_BY_COMPARE = frozenset(
+    {"protocol", "at", "max_tokens", "epochs", "steps", "lr", "seed", "evaluations", "patience", "checkpoint_every"}
+)
+# Options that are the same for every method, so that all see the same text in the same batches and are evaluated alike.
+SHARED_OPTIONS = (DECIDED_BY_COMPARE - {"lr"}) | {
+    "sequence_length",
+    "batch_size",
+    "accumulate",
+    "held_out",
+    "eval_tokens",
+}
+
+
+class Range(BaseModel):
+    """Numbers between two limits, spread evenly on a logarithmic scale."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    low: float = Field(gt=0)
+    high: float = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if self.low > self.high:
+            raise ValueError(f"low is {self.low:g} and high is {self.high:g}")
+        return self
+
+    def at(self, share: float) -> float:
+        """Return the number that lies this share of the way up, to three digits: nobody wants 0.00173205."""
+        return float(f"{self.low * (self.high / self.low) ** share:.3g}")
+
+
+Choice = list[Value] | Range
+Space = dict[str, Choice]
+
+
+def settings_to_try(space: Mapping[str, Choice], trials: int, method: str) -> list[Settings]:
+    """Return the settings that a search tries, all different.
+
+    They are a Sobol sequence from its middle on, which spreads few points over several settings better than a grid or
+    chance does. It needs no seed, and the first few points of a longer search are those of a shorter one.
+
+    Args:
+        space: For each setting, the values to choose from.
+        trials: How many settings to return.
+        method: What they are for, in messages.
+
+    Raises:
+        UsageError: The space has fewer combinations, so that this method would be searched less than the others.
+    """
+    size = math.prod(len(choice) if isinstance(choice, list) else _points(choice) for choice in space.values())
+    if size < trials:
+        raise UsageError(
+            f"the search space of {method} has {size:g} combinations and {trials} trials were asked for; as many are "
+            "tried for each method, so widen it or ask for fewer trials."
+        )
+    tried: list[Settings] = []
+    for point in _points_of_the_unit_cube(len(space)):
+        settings = {name: _pick(choice, share) for (name, choice), share in zip(space.items(), point, strict=True)}
+        if settings not in tried:
+            tried.append(settings)
+        if len(tried) == trials:
+            break
+    return tried
+
+
+def _points(choice: Range) -> float:
+    return 1 if choice.low == choice.high else math.inf
+
+
+def _points_of_the_unit_cube(dimensions: int) -> Iterator[list[float]]:
+    import torch
+
+    if dimensions == 0:
+        return itertools.repeat([])
+    engine = torch.quasirandom.SobolEngine(dimensions)
+    engine.fast_forward(1)  # its first point is a corner, its second the middle
+    return (engine.draw(1, dtype=torch.float64)[0].tolist() for _ in itertools.count())
+
+
+def _pick(choice: Choice, share: float) -> Value:
+    if isinstance(choice, Range):
+        return choice.at(share)
+    return choice[int(share * len(choice))]
+
+
+def read_spaces(path: Path) -> dict[str, Space]:
+    """Read search spaces from a YAML or JSON file: method -> setting -> list of values, or `{low: ..., high: ...}`.
+
+    Raises:
+        UsageError: It can't be read or is not of that form; one sentence names the place.
+    """
+    import yaml
+
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"the search file {path} can't be read: {reason}.") from error
+    form = "write METHOD: {SETTING: [VALUE, ...]} or METHOD: {SETTING: {low: NUMBER, high: NUMBER}}"
+    if not isinstance(raw, dict) or not all(isinstance(space, dict) for space in raw.values()):
+        raise UsageError(f"the search file {path} is no mapping of methods to settings; {form}.")
+    return {
+        str(method): {
+            str(name): _read_choice(choice, f"{path}: {method}: {name}", form) for name, choice in space.items()
+        }
+        for method, space in raw.items()
+    }
+
+
+def _read_choice(raw: Any, place: str, form: str) -> Choice:
+    if isinstance(raw, dict):
+        try:
+            return Range.model_validate(raw)
+        except ValidationError as error:
+            first = error.errors()[0]
+            inner = "".join(f" {part}:" for part in first["loc"])
+            raise UsageError(f"{place}:{inner} {first['msg'].removeprefix('Value error, ')}; {form}.") from error
+    if not isinstance(raw, list) or not raw or not all(isinstance(value, Value) for value in raw):
+        raise UsageError(f"{place} is {raw!r}; {form}.")
+    return [_number_if_one(value) for value in raw]
+
+
+def _number_if_one(value: Value) -> Value:
+    """Return `1e-3` as a number: to YAML, which wants a point in it, it is a word."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
