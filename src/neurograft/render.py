@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from neurograft.evaluation import EvaluationReport
     from neurograft.manifest import Manifest, SurgicalRecord
     from neurograft.removal import Removal
-    from neurograft.training.comparison import Comparison
+    from neurograft.training.comparison_results import Comparison
 
 _COLOURS = {"blocks": "bold red", "risks": "yellow", "notes": "dim"}
 

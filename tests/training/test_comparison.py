@@ -25,7 +25,7 @@ from neurograft.errors import DataError, NeurograftError, UsageError
 from neurograft.loss import NextTokenLoss
 from neurograft.training import comparison_report, measuring
 from neurograft.training.baselines import METHODS
-from neurograft.training.comparison import Comparison, Run, Trial, _reached, _summaries
+from neurograft.training.comparison_results import Comparison, Run, Trial, _reached, summaries
 from neurograft.training.measuring import Job, Measured, Point
 
 EVERY = "organ,insert,standalone,lora,dora,full"
@@ -263,7 +263,7 @@ def test_targets_are_means_over_seeds() -> None:
         Run(method="full", seed=0, measured=_measured(12, (0, 30), (8, 12))),
         Run(method="full", seed=1, measured=None, error="out of memory"),
     ]
-    organ, full = _summaries(methods, trials, runs)
+    organ, full = summaries(methods, trials, runs)
     assert full.seconds_to["organ"].seconds is not None and full.seconds_to["organ"].seconds.mean == 8  # 15
     assert organ.seconds_to["full"].runs == 1 and organ.seconds_to["full"].seconds is not None
     assert organ.seconds_to["full"].seconds.mean == 4

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from neurograft.files import human_bytes
-from neurograft.training.comparison import Comparison, MethodReport, Spread, Trial
+from neurograft.training.comparison_results import Comparison, MethodReport, Spread, Trial
 from neurograft.training.search import Settings
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by colour-blind people too
