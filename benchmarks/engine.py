@@ -22,7 +22,7 @@ from render import describe_run
 from texts import read_domain, read_general
 
 RESULT = Path(__file__).parent / "results" / "engine.json"
-TOKENS, BATCH_SIZE, SEQUENCE_LENGTH, EVALUATED_TOKENS, SEED = 61_440, 4, 128, 12_288, 0
+TOKENS, BATCH_SIZE, SEQUENCE_LENGTH, EVALUATED_TOKENS, SEED = 61_440, 4, 128, 6_144, 0
 LATE, TOP_TEN, TOP_TWENTY = "27:30", "20:30", "10:30"
 # Group -> (name, method, settings). The first one of each group is what the others are held against.
 TRIED: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
