@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 import typer
 from rich.console import Console
 
-from neurograft import __version__
+from neurograft import __version__, ranks
 from neurograft.errors import NeurograftError, UsageError
 from neurograft.training.search import DECIDED_BY_COMPARE
 
@@ -75,13 +75,15 @@ class _Screen:
         self.as_json = as_json
         # Without a terminal there is no width to keep to, and whoever reads the output should find digests whole.
         self.out = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
-        self.err = Console(stderr=True)
+        self.err = Console(stderr=True, quiet=ranks.rank() > 0)
         self.status: Status | None = None
 
     def result(
         self, document: BaseModel | dict[str, Any], pretty: RenderableType | Callable[[], RenderableType]
     ) -> None:
-        """Print a result, as JSON or for people."""
+        """Print a result, as JSON or for people; of several processes, the first does."""
+        if ranks.rank() > 0:
+            return
         if self.as_json:
             text = json.dumps(document) if isinstance(document, dict) else document.model_dump_json()
             sys.stdout.write(text + "\n")
@@ -90,6 +92,8 @@ class _Screen:
 
     def fail(self, message: str, kind: str) -> None:
         """Print an error: one sentence on standard error, and as JSON on standard output if that was asked for."""
+        ranks.original_streams()
+        self.err.quiet = False
         if self.as_json:
             sys.stdout.write(json.dumps({"error": {"kind": kind, "message": message}}) + "\n")
         self.err.print(f"error: {message}", style="bold red", markup=False, highlight=False, soft_wrap=True)
@@ -119,14 +123,24 @@ def _running(as_json: bool, doing: str) -> Iterator[_Screen]:
         with screen.err.status(doing) as screen.status:
             yield screen
     except NeurograftError as error:
-        screen.fail(str(error), type(error).__name__)
+        if ranks.claim_failure():
+            screen.fail(str(error), type(error).__name__)
         raise typer.Exit(EXIT_ERROR) from error
     except KeyboardInterrupt as interrupt:
-        screen.fail(f"interrupted; {str(interrupt) or 'nothing was written'}.", "Interrupted")
+        # Only the first process knows what it wrote, and one that another's failure ended has nothing to say.
+        if ranks.rank() == 0 and ranks.claim_failure():
+            screen.fail(f"interrupted; {str(interrupt) or 'nothing was written'}.", "Interrupted")
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except MemoryError as error:
-        screen.fail("the memory is full; nothing was written.", "MemoryError")
+        if ranks.claim_failure():
+            screen.fail("the memory is full; nothing was written.", "MemoryError")
         raise typer.Exit(EXIT_ERROR) from error
+    except Exception as error:
+        # What one process's failure makes of the others, such as a lost connection, hides the reason.
+        if ranks.several() and not ranks.claim_failure():
+            raise typer.Exit(EXIT_ERROR) from error
+        ranks.original_streams()
+        raise
     finally:
         logger.removeHandler(handler)
 
@@ -612,4 +626,15 @@ def _terminate(_signal: int, _frame: Any) -> None:
 def main() -> None:
     """Run the command line; a polite end (SIGTERM) cleans up as Ctrl-C does."""
     signal.signal(signal.SIGTERM, _terminate)
-    app()
+    ranks.silence_all_but_first()
+    try:
+        app()
+    finally:
+        _leave_group()
+
+
+def _leave_group() -> None:
+    """Take leave of the other processes, if there are any: torch complains otherwise."""
+    torch = sys.modules.get("torch")
+    if ranks.several() and torch is not None and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from neurograft.data import IGNORED_LABEL
-from neurograft.sharding import whole
+from neurograft.sharding import is_spread, whole
 from neurograft.surgery import Undo
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class NextTokenLoss:
                 logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
             )
             return losses.view_as(targets)
-        with _passing(self.head):
+        with _passing(self.head, spread=is_spread(self.model)):
             hidden = model(**arguments).logits  # (B, T, C)
         wanted = targets != IGNORED_LABEL
         if vocabulary is not None:
@@ -199,10 +199,11 @@ def _plain_head(model: Any) -> nn.Linear | None:
 
 
 @contextmanager
-def _passing(head: nn.Linear) -> Iterator[None]:
+def _passing(head: nn.Linear, *, spread: bool) -> Iterator[None]:
     """Let the head return what it is given."""
     undo = Undo()
-    undo.set(vars(head), "forward", lambda hidden: hidden)
+    # What a module that is spread over processes returns must be no view, or torch warns of what could be done to it.
+    undo.set(vars(head), "forward", torch.clone if spread else lambda hidden: hidden)
     try:
         yield
     finally:

@@ -6,6 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
+
+
+def is_spread(module: nn.Module) -> bool:
+    """Whether a module was given to torch's `fully_shard`."""
+    return hasattr(module, "unshard")
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from neurograft import errors
+from neurograft import errors, ranks
 from neurograft.anatomy import describe
 from neurograft.errors import NeurograftError, UsageError
+from neurograft.sharding import is_spread
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
@@ -54,6 +55,11 @@ class Processes:
             )
         self.count: int = self.accelerator.num_processes
         self.number: int = self.accelerator.process_index
+        if ranks.several() and self.count == 1:
+            raise UsageError(
+                f"the launcher started several processes, which can't work together on {self.accelerator.device.type} "
+                "devices; start one, or set ACCELERATE_USE_CPU=true."
+            )
         self.sharded = self.count > 1 and _flag("ACCELERATE_USE_FSDP")
         self._interrupted = False
 
@@ -155,7 +161,6 @@ class Processes:
         return torch.nn.parallel.DistributedDataParallel(
             model,
             device_ids=None if device.type == "cpu" else [device],
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
             find_unused_parameters=_leaves_some_unused(model, parameters),
         )
@@ -210,7 +215,12 @@ def _state() -> PartialState:
     """Return what `accelerate` knows of the processes; asked for the first time, it lets them find each other."""
     from accelerate import PartialState
 
-    return PartialState(cpu=_flag("ACCELERATE_USE_CPU"))
+    return PartialState(cpu=_on_cpu())
+
+
+def _on_cpu() -> bool:
+    """Whether to compute on CPUs, where `accelerate` joins processes only if told."""
+    return _flag("ACCELERATE_USE_CPU") or (ranks.several() and torch.accelerator.current_accelerator() is None)
 
 
 @contextmanager
@@ -252,7 +262,7 @@ def _accelerator(log_with: str | None, log_folder: str | None) -> Accelerator:
     shared = GradientState()
     accumulation = shared.plugin_kwargs
     try:
-        return Accelerator(log_with=log_with, project_dir=log_folder)
+        return Accelerator(cpu=_on_cpu(), log_with=log_with, project_dir=log_folder)
     finally:
         shared.plugin_kwargs = accumulation
 
@@ -265,9 +275,9 @@ def _shard(model: PreTrainedModel, device: torch.device) -> None:
     """
     from accelerate import FullyShardedDataParallelPlugin
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.distributed.fsdp import fully_shard
 
-    if any(isinstance(module, FSDPModule) for module in model.modules()):
+    if is_spread(model):
         raise UsageError("this model is spread over the processes already; load it anew to train something else in it.")
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     gives_up = bool(FullyShardedDataParallelPlugin().reshard_after_forward)
