@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from neurograft.data import IGNORED_LABEL
-from neurograft.loss import CHUNK, NextTokenLoss, frozen_head_losses
+from neurograft.loss import CHUNK, NextTokenLoss, VocabularySample, frozen_head_losses
 from tiny import CONFIGS, make_model, token_ids
 
 
@@ -55,3 +55,44 @@ def test_a_head_that_trains_gets_its_gradient() -> None:
     model: Any = make_model("llama")
     NextTokenLoss(model)(token_ids(12), token_ids(12)).sum().backward()
     assert model.lm_head.weight.grad.abs().sum() > 0
+
+
+def _head(*, bias: bool) -> torch.nn.Linear:
+    torch.manual_seed(0)
+    return torch.nn.Linear(8, 60, bias=bias).requires_grad_(False)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_sampled_vocabulary_estimates_the_sum_over_the_whole_one_without_bias(bias: bool) -> None:
+    head, text = _head(bias=bias), torch.tensor([3, 7, 7, 50])
+    hidden, sample = torch.randn(1, 8), VocabularySample(head, text, others=5)
+    assert sample.size == 3 + 5
+    sums = []
+    for seed in range(4000):
+        sample.draw(seed)
+        weight, correction = sample.head()
+        sums.append(torch.nn.functional.linear(hidden, weight, correction).exp().sum())
+    expected = head(hidden).exp().sum()
+    assert float(torch.stack(sums).mean() / expected) == pytest.approx(1.0, abs=0.02)
+
+
+def test_a_sampled_loss_is_that_of_the_sampled_logits() -> None:
+    model: Any = make_model("llama").requires_grad_(False)
+    ids = token_ids(24).view(2, 12)
+    loss = NextTokenLoss(model)
+    assert loss.head is not None
+    exact = loss(ids, ids)
+    sample = VocabularySample(loss.head, ids, others=0)
+    left_out = loss(ids, ids, vocabulary=sample)
+    # Tokens that are left out take no probability away, so every loss is smaller, and no label was lost.
+    assert (left_out[:, :-1] < exact[:, :-1]).all() and left_out[:, :-1].min() >= 0
+    sample = VocabularySample(loss.head, ids, others=40)
+    means = []
+    for seed in range(40):
+        sample.draw(seed)
+        means.append(loss(ids, ids, vocabulary=sample)[:, :-1].mean())
+    assert float(torch.stack(means).mean()) == pytest.approx(float(exact[:, :-1].mean()), rel=0.02)
+    sample.draw(5)
+    again = loss(ids, ids, vocabulary=sample)
+    sample.draw(5)
+    assert torch.equal(loss(ids, ids, vocabulary=sample), again)

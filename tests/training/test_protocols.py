@@ -242,3 +242,48 @@ def test_nothing_is_written_when_training_fails(
 def test_an_existing_output_is_refused_before_training(donor: Path, organ: Organ, organ_file: Path, text: Path) -> None:
     with pytest.raises(UsageError, match="exists already"):
         train(organ, host=donor, data=text, output=organ_file)
+
+
+def test_the_learning_rate_is_chosen_by_how_many_layers_train(model_directory: Factory, text: Path) -> None:
+    donor = model_directory("llama")
+    rates = []
+    for layers, changes in (((2, 3), {}), ((0, 6), {}), ((0, 6), {"rank": 2}), ((0, 6), {"lr": 5e-4})):
+        options: dict[str, Any] = {**QUICK, "lr": "auto", **changes}
+        trained = train(extract(donor, layers=layers), host=donor, data=text, **options).manifest.training
+        assert trained is not None
+        rates.append(trained.hyperparameters["lr"])
+        assert trained.hyperparameters["kernels"] in ("float32", "float32-onednn", "bfloat16")
+    one, six, low_rank, given = rates
+    assert 0 < six < one <= 1e-2 and six < low_rank <= 1e-2 and given == 5e-4
+
+
+def test_low_rank_changes_become_part_of_an_ordinary_organ(model_directory: Factory, text: Path) -> None:
+    donor = model_directory("llama")
+    organ = extract(donor, layers=(2, 4))
+    trained = train(organ, host=donor, data=text, rank=2, **{**QUICK, "lr": 3e-2})
+    assert set(trained.tensors) == set(organ.tensors)
+    for name, tensor in trained.tensors.items():
+        change = tensor - organ.tensors[name]
+        assert change.any() == (tensor.ndim == 2), name
+        if tensor.ndim == 2:
+            assert torch.linalg.matrix_rank(change, atol=1e-5) <= 2
+    (claim,) = trained.manifest.evaluations
+    assert claim.after < claim.before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 2, "strength": 0.5}, "give one of them"),
+        ({"lr": "fast"}, "--lr: "),
+        ({"lr": 2.0}, "--lr: .*less than 1"),
+        ({"precision": "float8"}, "--precision: "),
+        ({"rank": 0}, "--rank: "),
+    ],
+)
+def test_wrong_ways_to_train_are_refused(
+    options: dict[str, Any], message: str, model_directory: Factory, text: Path
+) -> None:
+    donor = model_directory("llama")
+    with pytest.raises(UsageError, match=message):
+        train(extract(donor, layers=(2, 4)), host=donor, data=text, **{**QUICK, **options})

@@ -53,17 +53,27 @@ def _stop_at(step: int) -> Any:
     return stop
 
 
-@pytest.mark.parametrize("step", [1, 5, 13])
+@pytest.mark.parametrize(
+    ("step", "changes"),
+    [
+        (1, {}),
+        (5, {}),
+        (13, {}),
+        (5, {"optimizer": "muon", "average": 0.9, "anchor": 3.0}),
+        (5, {"rank": 2, "vocabulary": "sampled"}),
+    ],
+)
 def test_interrupted_and_gone_on_is_uninterrupted(
-    step: int, organ: Organ, host: Path, text: Path, tmp_path: Path
+    step: int, changes: dict[str, Any], organ: Organ, host: Path, text: Path, tmp_path: Path
 ) -> None:
-    whole = train(organ, host=host, data=text, **OPTIONS)
+    options = {**OPTIONS, **changes}
+    whole = train(organ, host=host, data=text, **options)
     output = tmp_path / "o.safetensors"
     with pytest.raises(KeyboardInterrupt, match=rf"stopped after step {step} of \d+; the same command goes on"):
-        train(organ, host=host, data=text, output=output, progress=_stop_at(step), **OPTIONS)
+        train(organ, host=host, data=text, output=output, progress=_stop_at(step), **options)
     assert state_path(output).is_file() and not output.exists()
     steps: list[int] = []
-    again = train(organ, host=host, data=text, output=output, progress=lambda p: steps.append(p.step), **OPTIONS)
+    again = train(organ, host=host, data=text, output=output, progress=lambda p: steps.append(p.step), **options)
     assert steps[0] == step + 1 and not state_path(output).exists()
     assert tensors_digest(again.tensors) == tensors_digest(whole.tensors)
     assert again.manifest.training is not None and whole.manifest.training is not None

@@ -22,7 +22,7 @@ def automatic_lr(layers: int, width: int, *, low_rank: bool) -> float:
         width: The hidden size.
         low_rank: Whether they train by low-rank changes.
     """
-    lr = min(_LR_OF_A_LAYER / max(layers, 1), _LARGEST_LR) * _WIDTH / width
+    lr = min(_LR_OF_A_LAYER / max(layers, 1), _LARGEST_LR) * min(1.0, _WIDTH / width)
     return min(lr * _LOW_RANK if low_rank else lr, 1e-2)
 
 
