@@ -40,8 +40,8 @@ class TrainingOptions(BaseModel):
     optimizer: OptimizerName = "adamw"
     """`adamw`, or `muon` for matrices (orthogonalised momentum) with AdamW for everything else."""
     lr: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] = "auto"
-    """Peak learning rate, or `auto`: 0.009 divided by the number of layers that train, at most 0.003; less in proportion
-    for models wider than 576; ten times that, at most 0.01, where `rank` is given."""
+    """Peak learning rate, or `auto`: 0.009 divided by the number of layers that train, at most 0.003; in proportion
+    less for models wider than 576; ten times that, at most 0.01, where `rank` is given."""
     warmup: float = Field(default=0.1, ge=0, lt=1)
     """Share of the steps over which the learning rate rises."""
     schedule: Schedule = "cosine"
