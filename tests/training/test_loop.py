@@ -183,3 +183,16 @@ def test_a_launcher_that_asks_for_something_else(
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=reason):
         _run(texts, tokenizer, make_model("llama"))
+
+
+def test_held_out_tokens_come_from_all_over(tokenizer: Any) -> None:
+    documents = [f"report {number}: a shadow of grade {number % 7} in the left lung" for number in range(200)]
+    options = parse_options(sequence_length=16, eval_tokens=600, steps=1)
+    held_out = Batches.build(Texts(documents, documents), tokenizer, options).held_out
+    read = tokenizer.decode(held_out.input_ids.flatten().tolist())
+    seen = [number for number in range(200) if f"report {number}:" in read or f"report {number} :" in read]
+    assert 600 <= held_out.tokens < 800 and len(seen) > 10
+    assert min(seen) < 50 and max(seen) > 150 and seen == sorted(seen)
+    options = parse_options(sequence_length=16, eval_tokens=100_000, steps=1)
+    everything = Batches.build(Texts(documents, documents), tokenizer, options)
+    assert torch.equal(everything.held_out.input_ids, everything.training.input_ids)

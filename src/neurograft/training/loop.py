@@ -38,6 +38,7 @@ log = logging.getLogger("neurograft")
 
 # Tokens of the vocabulary that stand, in each step, for all those that do not occur in the training text.
 _OTHER_TOKENS = 2048
+_TOKENIZED_TOGETHER = 64
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Batches:
             data.tokenize_documents(texts.training, tokenizer), sequence_length=length, separator_id=separator
         )
         held_out = data.pack(
-            _first_tokens(texts.held_out, tokenizer, options.eval_tokens),
+            _sample_tokens(texts.held_out, tokenizer, options.eval_tokens),
             sequence_length=length,
             separator_id=separator,
         )
@@ -122,15 +123,24 @@ class Batches:
             yield list(itertools.islice(rows, self.step_size))
 
 
-def _first_tokens(documents: list[str], tokenizer: Any, limit: int) -> list[list[int]]:
-    """Tokenize documents until there are `limit` tokens, cutting the last; at least one document."""
-    chosen: list[list[int]] = []
-    for tokens in data.tokenize_documents(documents, tokenizer):
-        left = limit - sum(map(len, chosen))
+def _sample_tokens(documents: list[str], tokenizer: Any, limit: int) -> list[list[int]]:
+    """Tokenize documents until there are `limit` tokens, cutting the last; at least one document.
+
+    They are taken from all over: neighbours often treat of the same thing, and the first ones would stand for it alone.
+    """
+    chosen: dict[int, list[int]] = {}
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(0)).tolist()
+    left = limit
+    for part in torch.tensor(order).split(_TOKENIZED_TOGETHER):
+        numbers = part.tolist()
+        tokenized = data.tokenize_documents([documents[number] for number in numbers], tokenizer)
+        for number, tokens in zip(numbers, tokenized, strict=True):
+            if left > 0:
+                chosen[number] = tokens[:left]
+                left -= len(tokens)
         if left <= 0:
             break
-        chosen.append(tokens[:left])
-    return chosen
+    return [chosen[number] for number in sorted(chosen)]
 
 
 @dataclass(frozen=True)
