@@ -6,12 +6,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 RECORD_FILE = "neurograft.json"
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
 Mode = Literal["replace", "insert"]
+Verify = Literal["written", "bytes", "layers"]
+"""How much a result is checked, each level on top of the one before; docs/disk.md says what each proves."""
 Protocol = Literal["in_place", "insert", "standalone"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
 
@@ -60,6 +62,8 @@ class Source(_Part):
     """How many layers the donor has."""
     layer_digests: list[Digest]
     """For each of the k layers, the digest of its tensors as extracted, before any training."""
+    dequantised_from: str | None = None
+    """What the layers were stored as where these tensors were computed from packed ones, such as `GGUF Q4_1`."""
 
 
 class Training(_Part):
@@ -125,7 +129,8 @@ class Manifest(_Part):
     evaluations: list[Evaluation] = []
     recommended_mode: Mode
     recommended_position: Count
-    probe: Probe
+    probe: Probe | None = None
+    """`None` where the layers were not asked: extracted as bytes, never run."""
     tensors_digest: Digest
     """SHA-256 over names, dtypes, shapes and bytes of the tensors."""
     file_digest: Digest
@@ -136,6 +141,11 @@ class Manifest(_Part):
         """k: how many layers the organ has."""
         return len(self.anatomy.layer_values)
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether the layers are quantised: bytes that mean something only to the method that packed them."""
+        return bool(self.anatomy.config.get("quantization_config"))
+
 
 class Origin(_Part):
     """Where one layer of a transplanted model came from."""
@@ -144,8 +154,8 @@ class Origin(_Part):
     """Name of the organ; `None` for a layer of the original recipient."""
     layer: Count
     """Zero-based layer number inside the organ, or inside the original recipient."""
-    digest: Digest
-    """Digest of the layer's tensors as they are in this model."""
+    digest: Digest | None
+    """Digest of the layer's tensors as they are in this model; `None` if they were linked and never read."""
 
 
 class Operation(_Part):
@@ -160,7 +170,17 @@ class Operation(_Part):
     """Path, relative to the model directory, of the organ file that holds what `replace` took out."""
     explant_origins: list[Origin]
     """Where the layers in the explant came from."""
+    verified: Verify = "layers"
+    """How the result was checked: every byte written, also what was linked, also what each layer computes."""
     when: str
+
+
+class LinkedFile(_Part):
+    """What shows that a file was not written to since; it shares its bytes with the recipient's and was not read."""
+
+    size: Count
+    mtime_ns: int
+    """Time of the last change, nanoseconds since 1970."""
 
 
 class SurgicalRecord(_Part):
@@ -171,10 +191,13 @@ class SurgicalRecord(_Part):
     recipient: str
     original_config: str
     """The original's `config.json`, verbatim."""
-    original_tensors_digest: Digest
+    original_tensors_digest: Digest | None
+    """`None` if some of the original's tensors were linked and never read."""
     original_config_digest: Digest
-    tensors_digest: Digest
+    tensors_digest: Digest | None
     config_digest: Digest
     layers: list[Origin]
     """One entry for each layer of this model, in order."""
     operations: list[Operation]
+    linked: dict[str, LinkedFile] = {}
+    """Files whose tensors have no digest here, by name."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "tokenizer*"]
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "vocab.json",
@@ -47,6 +47,8 @@ class ModelDirectory:
     """Commit on the Hub, where it came from there."""
     notes: tuple[str, ...] = ()
     """What was done to get a plain directory, such as dequantising a GGUF file."""
+    dequantised_from: str | None = None
+    """What the weights were stored as, where they were computed from packed ones."""
 
 
 def cache_directory() -> Path:
@@ -261,7 +263,7 @@ def load_tokenizer_if_any(
     """
     from transformers import AutoTokenizer
 
-    if not any((directory.path / name).is_file() for name in _TOKENIZER_FILES):
+    if not any((directory.path / name).is_file() for name in TOKENIZER_FILES):
         return None
     try:
         with quiet_transformers():
