@@ -231,11 +231,7 @@ def train(
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the trained organ.")] = None,
     version: Annotated[str | None, typer.Option("--organ-version", help="Its semantic version.")] = None,
-    text_column: LinkOption = Annotated[
-    Literal["auto", "copy", "hard"],
-    typer.Option("--link", help="Files that stay as they are: share blocks if the disk can, copy, or hard links."),
-]
-TextColumn = "text",
+    text_column: TextColumn = "text",
     document_separator: Separator = None,
     encoding: Encoding = "utf-8",
     overwrite: Overwrite = False,
@@ -364,11 +360,7 @@ def evaluate(
         int | None, typer.Option("--max-tokens", min=1, help="At most this many tokens of each data set.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the bootstrap.")] = 0,
-    text_column: LinkOption = Annotated[
-    Literal["auto", "copy", "hard"],
-    typer.Option("--link", help="Files that stay as they are: share blocks if the disk can, copy, or hard links."),
-]
-TextColumn = "text",
+    text_column: TextColumn = "text",
     document_separator: Separator = None,
     encoding: Encoding = "utf-8",
     trust_remote_code: RemoteCode = False,
@@ -430,8 +422,8 @@ def remove(
 @app.command()
 def cache(
     clear: Annotated[
-        Literal["gguf", "prefix", "demo", "all"] | None,
-        typer.Option("--clear", help="Delete this kind: gguf, prefix, demo or all."),
+        Literal["gguf", "prefix", "studies", "demo", "all"] | None,
+        typer.Option("--clear", help="Delete this kind: gguf, prefix, studies, demo or all."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

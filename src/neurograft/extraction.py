@@ -14,6 +14,7 @@ from neurograft.files import (
     check_output_file,
 )
 from neurograft.manifest import (
+    UNSEALED,
     LayerAnatomy,
     Manifest,
     Probe,
@@ -25,7 +26,7 @@ from neurograft.models import (
     resolve,
 )
 from neurograft.number_formats import digest_pieces
-from neurograft.organ import UNSEALED, LazyTensors, Organ, clean_name, now, pieces_dtype, pieces_of
+from neurograft.organ import LazyTensors, Organ, clean_name, now, pieces_dtype, pieces_of
 from neurograft.studies import studying
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from neurograft.files import (
     combine_digests,
     require_space,
 )
-from neurograft.manifest import SCHEMA_VERSION, Manifest
+from neurograft.manifest import SCHEMA_VERSION, UNSEALED, Manifest
 from neurograft.number_formats import digest_pieces, held, load_piece
 from neurograft.tensor_files import (
     MAX_HEADER_BYTES,
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 METADATA_KEY = "neurograft"
-UNSEALED = "0" * 64
 _DIGEST_FIELD = re.compile(rb'\\"file_digest\\":\\"([0-9a-f]{64})\\"')
 
 

@@ -27,7 +27,7 @@ from neurograft.errors import NeurograftError
 from neurograft.files import atomic_file, file_sha256
 from neurograft.findings import Finding
 from neurograft.layer_values import Row
-from neurograft.manifest import Manifest, Mode, TokenizerFingerprint
+from neurograft.manifest import UNSEALED, Manifest, Mode, TokenizerFingerprint
 from neurograft.models import TOKENIZER_FILES, ModelDirectory, cache_directory, load_config, read_raw_config
 from neurograft.steps import Step
 
@@ -98,7 +98,7 @@ def study_graft(
         ModelError: The model can't be cut into layers.
         OrganFileError: transformers can't use the organ's configuration.
     """
-    question = {"manifest": manifest.model_dump(mode="json"), "at": at, "mode": mode}
+    question = {"manifest": _essence(manifest), "at": at, "mode": mode}
     return _ask(GraftStudy, "graft", directory, trust_remote_code, question)
 
 
@@ -112,9 +112,30 @@ def study_order(
     """
     question = {
         "steps": [[step.source, step.layer] for step in steps],
-        "explant": explant.model_dump(mode="json") if explant else None,
+        "explant": _essence(explant) if explant else None,
     }
     return _ask(OrderStudy, "order", directory, trust_remote_code, question)
+
+
+def _essence(manifest: Manifest) -> dict[str, Any]:
+    """Return a manifest with what no answer depends on left out, so that organs of one kind get one answer."""
+    source = {"model": "", "layer_digests": [UNSEALED], "revision": None}
+    update = {
+        "name": "organ",
+        "version": "0.1.0",
+        "license": None,
+        "description": None,
+        "created": "",
+        "source": manifest.source.model_copy(update=source),
+        "training": None,
+        "evaluations": [],
+        "probe": None,
+        "tokenizer": None,
+        "tensors_digest": UNSEALED,
+        "file_digest": UNSEALED,
+    }
+    essence: dict[str, Any] = manifest.model_copy(update=update).model_dump(mode="json")
+    return essence
 
 
 def _answer_model(directory: ModelDirectory, trust_remote_code: bool) -> ModelStudy:
