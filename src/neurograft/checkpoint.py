@@ -29,6 +29,8 @@ class Checkpoint:
     raw_config: Mapping[str, Any]
     files: tuple[TensorFile, ...]
     study: ModelStudy = field(repr=False)
+    all_names: frozenset[str] | None = field(default=None, repr=False)
+    """Names of all tensors, where only some of the files are here."""
 
     @property
     def layer_count(self) -> int:
@@ -61,7 +63,7 @@ class Checkpoint:
         leaf = re.escape(self.study.layers_path.rpartition(".")[2])
         pattern = re.compile(rf"^((?:.*?\.)?{leaf}\.)(\d+)\.")
         numbers: dict[str, set[int]] = {}
-        for match in filter(None, map(pattern.match, self.pieces)):
+        for match in filter(None, map(pattern.match, self.all_names or self.pieces)):
             numbers.setdefault(match[1], set()).add(int(match[2]))
         whole = [prefix for prefix, found in numbers.items() if found >= set(range(self.layer_count))]
         if len(whole) != 1:
@@ -114,12 +116,12 @@ def open_checkpoint(directory: ModelDirectory, *, trust_remote_code: bool = Fals
         ModelError: It has no safetensors weights, or is no model that can be cut into layers.
     """
     raw = read_raw_config(directory.path)
-    _refuse_numbered_packing(raw, directory.name)
+    refuse_numbered_packing(raw, directory.name)
     study = study_model(directory, trust_remote_code=trust_remote_code)
     return Checkpoint(directory, raw, tuple(map(read_tensor_file, _weight_files(directory))), study)
 
 
-def _refuse_numbered_packing(raw: Mapping[str, Any], name: str) -> None:
+def refuse_numbered_packing(raw: Mapping[str, Any], name: str) -> None:
     """Refuse a quantisation that treats single layers by their numbers, which move."""
     packed = json.dumps(raw.get("quantization_config") or {})
     if numbered := re.search(r"[\w.]+\.\d+\.[\w.]+", packed):

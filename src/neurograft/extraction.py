@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +14,7 @@ from neurograft.errors import UsageError
 from neurograft.files import (
     check_output_file,
 )
+from neurograft.hub import hub_layers
 from neurograft.manifest import (
     UNSEALED,
     LayerAnatomy,
@@ -22,6 +24,7 @@ from neurograft.manifest import (
 )
 from neurograft.models import (
     ModelDirectory,
+    is_hub_id,
     load_model,
     resolve,
 )
@@ -102,10 +105,11 @@ def extract(
     """
     if output is not None:
         check_output_file(Path(output), overwrite=overwrite)
-    directory = resolve(model, trust_remote_code=trust_remote_code)
-    with studying():
-        checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
-        chosen = parse_layers(layers, checkpoint.layer_count)
+    with (
+        studying(),
+        _opened(model, layers, whole=verify == "layers", trust_remote_code=trust_remote_code) as (checkpoint, chosen),
+    ):
+        directory = checkpoint.directory
         answers, dtype = _ask(directory, trust_remote_code) if verify == "layers" else (None, "")
         organ = organ_from_checkpoint(
             checkpoint,
@@ -117,10 +121,26 @@ def extract(
             license=license,
             description=description,
         )
-    if output is not None:
-        return organ.save(output, overwrite=overwrite)
-    digest_pieces(organ.pieces, finite_in=organ.name)
-    return Organ(organ.manifest, {name: organ.tensors[name] for name in organ.tensors})
+        if output is not None:
+            return organ.save(output, overwrite=overwrite)
+        digest_pieces(organ.pieces, finite_in=organ.name)
+        return Organ(organ.manifest, {name: organ.tensors[name] for name in organ.tensors})
+
+
+@contextmanager
+def _opened(
+    model: str | Path, layers: str | range | tuple[int, int], *, whole: bool, trust_remote_code: bool
+) -> Iterator[tuple[Checkpoint, range]]:
+    """Open a model to take layers out of it; of one on the Hub, only these layers unless `whole`."""
+    if is_hub_id(model) and not whole:
+        with hub_layers(
+            str(model), lambda count: parse_layers(layers, count), trust_remote_code=trust_remote_code
+        ) as opened:
+            yield opened
+        return
+    directory = resolve(model, trust_remote_code=trust_remote_code)
+    checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
+    yield checkpoint, parse_layers(layers, checkpoint.layer_count)
 
 
 def _ask(directory: ModelDirectory, trust_remote_code: bool) -> tuple[torch.Tensor, str]:

@@ -19,7 +19,7 @@ from neurograft.manifest import TokenizerFingerprint
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "tokenizer*"]
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "tokenizer*"]
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -74,15 +74,20 @@ def resolve(reference: str | Path, *, trust_remote_code: bool = False) -> ModelD
         directory = _from_gguf(path)
     elif path.is_file():
         raise ModelError(f"{path} is a file; a model is a transformers directory, a .gguf file or a Hub id.")
-    elif _HUB_ID.match(text) and not text.startswith("."):
+    elif is_hub_id(reference):
         directory = _from_hub(text)
     else:
         raise ModelError(f"there is no model at {text}; give a transformers directory, a .gguf file or a Hub id.")
-    _refuse_foreign(directory.path, trust_remote_code=trust_remote_code)
+    refuse_foreign(directory.path, trust_remote_code=trust_remote_code)
     return directory
 
 
-def _refuse_foreign(path: Path, *, trust_remote_code: bool) -> None:
+def refuse_foreign(path: Path, *, trust_remote_code: bool) -> None:
+    """Refuse a directory that holds no transformers model, or one that needs code of its own.
+
+    Raises:
+        ModelError: One sentence says why.
+    """
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise ModelError(f"{path} holds a PEFT adapter, no model; merge it into its base model first.")
     if not (path / "config.json").is_file():
@@ -93,6 +98,13 @@ def _refuse_foreign(path: Path, *, trust_remote_code: bool) -> None:
             f"{path} needs its own Python code ({raw.get('model_type')}), which neurograft runs only with "
             f"--trust-remote-code."
         )
+
+
+def is_hub_id(reference: str | Path) -> bool:
+    """Whether `resolve` would look for a model on the Hub."""
+    text, path = str(reference), Path(reference)
+    local = path.exists() or path.suffix == ".gguf"
+    return not local and bool(_HUB_ID.match(text)) and not text.startswith(".")
 
 
 def _is_native(model_type: str) -> bool:
@@ -121,7 +133,7 @@ def _from_hub(text: str) -> ModelDirectory:
 
     name, _, revision = text.partition("@")
     try:
-        path = Path(snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES))
+        path = Path(snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{name} is no local directory, and the Hub did not give it: {reason}") from error
