@@ -111,6 +111,9 @@ def measure(size: int, folder: Path, mergekit: Path | None, rounds: int) -> dict
         ways["mergekit"] = [str(mergekit), str(folder / "slices.yml"), str(folder / "out")]
     first = {"extract": run([*extract, str(organ), "--layers", f"{ORGAN[0]}:{ORGAN[1]}"], model, folder)}
     first["insert"] = run(ways["insert, copied"], model, folder)
+    for name, command in ways.items():  # what building models without weights shows is known from here on
+        if "links" in name:
+            run(command, model, folder)
     found: dict[str, list[Run]] = {}
     for _ in range(rounds):
         for name, command in ways.items():

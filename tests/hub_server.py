@@ -1,4 +1,4 @@
-"""A small server that speaks as much of the Hub's API as a download needs, on the loopback, and notes what was asked."""
+"""A small server on the loopback that speaks as much of the Hub's API as a download needs, and notes what it sent."""
 
 from __future__ import annotations
 

@@ -1,16 +1,17 @@
-"""Tiny models in packed forms as they lie on disk: MXFP4 experts of GPT-OSS, and methods that nothing here can unpack."""
+"""Tiny models in packed forms as they lie on disk: MXFP4 of GPT-OSS, and methods that nothing here can unpack."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from tiny import make_model, make_tokenizer
 
-MXFP4 = {
+MXFP4: dict[str, Any] = {
     "quant_method": "mxfp4",
     "modules_to_not_convert": [
         "model.layers.*.self_attn",
@@ -22,8 +23,9 @@ MXFP4 = {
 
 
 def save_gpt_oss(folder: Path, *, seed: int, layers: int = 6) -> Path:
-    """Write a tiny GPT-OSS as its makers do: packed experts, plain attention with sinks, several shards and an index."""
-    model = make_model("gpt_oss", seed=seed, layers=layers).to(torch.bfloat16)
+    """Write a tiny GPT-OSS as its makers do: packed experts, plain attention with sinks, several shards, an index."""
+    model: Any = make_model("gpt_oss", seed=seed, layers=layers)
+    model.to(torch.bfloat16)
     model.save_pretrained(folder)
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
@@ -40,7 +42,8 @@ def save_gpt_oss(folder: Path, *, seed: int, layers: int = 6) -> Path:
 
 def save_opaque(folder: Path, method: str, *, seed: int) -> Path:
     """Write a tiny llama whose matrices are packed in the way of a method, with bytes that stand for nothing."""
-    model = make_model("llama", seed=seed).to(torch.float16)
+    model: Any = make_model("llama", seed=seed)
+    model.to(torch.float16)
     model.save_pretrained(folder)
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
@@ -65,7 +68,7 @@ def save_opaque(folder: Path, method: str, *, seed: int) -> Path:
     return _write(folder, tensors, {"quant_method": method, "bits": 4})
 
 
-def _write(folder: Path, tensors: dict[str, torch.Tensor], packing: dict[str, object]) -> Path:
+def _write(folder: Path, tensors: dict[str, torch.Tensor], packing: dict[str, Any]) -> Path:
     """Write tensors in three shards, of which none ends with a layer, an index, a configuration and a tokenizer."""
     (folder / "model.safetensors").unlink()
     names = list(tensors)

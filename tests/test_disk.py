@@ -208,7 +208,7 @@ def test_an_interruption_at_any_byte_leaves_nothing(
 def test_an_organ_that_changes_while_it_is_copied(
     organ_file: Path, recipient: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    from neurograft import transplantation
+    from neurograft import model_files
 
     def meddle(*args: Any, **kwargs: Any) -> Any:
         content = bytearray(organ_file.read_bytes())
@@ -216,7 +216,7 @@ def test_an_organ_that_changes_while_it_is_copied(
         organ_file.write_bytes(content)
         return original(*args, **kwargs)
 
-    original = transplantation.write_model
+    original = model_files.write_model
     monkeypatch.setattr("neurograft.transplantation.write_model", meddle)
     with pytest.raises(VerificationError, match=r"organ\.safetensors was changed while it was copied"):
         transplant(organ_file, recipient, at=1, mode="insert", output=tmp_path / "out")

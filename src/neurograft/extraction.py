@@ -94,7 +94,7 @@ def extract(
         license: SPDX identifier or name of its licence.
         description: One line about it.
         verify: `bytes`: the layers are copied as bytes; `layers`: they are also run, and their answers to the probe
-            questions put into the manifest, which loads torch and one layer at a time.
+            questions put into the manifest, for which transformers loads the model.
         overwrite: Whether an existing file may be replaced.
         trust_remote_code: See `neurograft.models.resolve`.
 

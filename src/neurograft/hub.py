@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from neurograft.byte_moves import FileRange
 from neurograft.checkpoint import INDEX_FILE, Checkpoint, refuse_numbered_packing
 from neurograft.errors import ModelError
 from neurograft.files import human_bytes, require_space
@@ -40,7 +41,8 @@ class _Remote:
 
     def read(self, file: str, start: int, stop: int) -> Iterator[bytes] | None:
         """Return a range of a file, in pieces; `None` if the server gives whole files only."""
-        from huggingface_hub.utils import build_hf_headers, http_stream_backoff
+        from huggingface_hub.utils._headers import build_hf_headers
+        from huggingface_hub.utils._http import http_stream_backoff
 
         headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}"}
         stream = http_stream_backoff("GET", self.url(file), headers=headers, follow_redirects=True)
@@ -122,19 +124,25 @@ def _fetch(
     shards = sorted({file for name, file in weight_map.items() if wanted.match(name)}) or [_SINGLE_FILE]
     if any(Path(shard).name != shard for shard in shards):
         raise ModelError(f"the index of {remote.name} names files outside the model.")
-    files = tuple(_fetch_file(remote, snapshot / shard, wanted, folder) for shard in shards)
-    names = frozenset(weight_map) or frozenset(name for file in files for name in file.pieces)
-    return files, names
+    fetched = [_fetch_file(remote, snapshot / shard, wanted, folder) for shard in shards]
+    names = frozenset(weight_map).union(*(known for _, known in fetched))
+    return tuple(file for file, _ in fetched), names
 
 
-def _fetch_file(remote: _Remote, local: Path, wanted: re.Pattern[str], folder: Path) -> TensorFile:
-    """Fetch the header of one file and the ranges of the wanted tensors, into a file that is empty elsewhere."""
+def _fetch_file(
+    remote: _Remote, local: Path, wanted: re.Pattern[str], folder: Path
+) -> tuple[TensorFile, frozenset[str]]:
+    """Fetch the header of one file and the ranges of the wanted tensors, into a file that is empty elsewhere.
+
+    Returns:
+        The file, and the names of all tensors in it.
+    """
     if local.is_file():
-        return read_tensor_file(local)
+        return _whole(local)
     first = remote.read(local.name, 0, _FIRST_BYTES)
     if first is None:
         log.info("downloading %s", local.name)
-        return read_tensor_file(remote.download(local.name))
+        return _whole(remote.download(local.name))
     start = b"".join(first)
     length = 8 + int.from_bytes(start[:8], "little")
     if length > MAX_HEADER_BYTES:
@@ -157,14 +165,19 @@ def _fetch_file(remote: _Remote, local: Path, wanted: re.Pattern[str], folder: P
         if got != stop - begin:
             raise ModelError(f"the Hub gave {got} of the {stop - begin} bytes asked of {local.name}.")
     # What was not fetched must never be taken for the model's zeros, so it is not in the file that is returned.
-    return TensorFile(path, kept if total else file.pieces, file.metadata)
+    return TensorFile(path, kept, file.metadata), frozenset(file.pieces)
+
+
+def _whole(path: Path) -> tuple[TensorFile, frozenset[str]]:
+    file = read_tensor_file(path)
+    return file, frozenset(file.pieces)
 
 
 def _ranges(pieces: Mapping[str, Piece]) -> list[tuple[int, int]]:
     """Return the ranges of a file that hold some tensors, joined where little lies between them."""
     ranges: list[tuple[int, int]] = []
-    for source in (piece.source for piece in pieces.values()):
-        start = source.start  # type: ignore[attr-defined] (read from a file, so a range of it)
+    for source in (piece.source for piece in pieces.values() if isinstance(piece.source, FileRange)):
+        start = source.start
         if ranges and start - ranges[-1][1] <= _GAP:
             ranges[-1] = (ranges[-1][0], start + source.size)
         else:

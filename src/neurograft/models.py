@@ -150,12 +150,24 @@ def _from_gguf(path: Path) -> ModelDirectory:
     digest = file_sha256(path)
     target = cache_directory() / "gguf" / digest[:32]
     notes = (f"dequantised from {path.name} to float32",)
+    packed = _packing_of(path)
     if not (target / "config.json").is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
         require_space(target.parent, 8 * path.stat().st_size)
         with atomic_directory(target, overwrite=True) as temporary:
             _dequantise(path, temporary)
-    return ModelDirectory(target, path.stem, digest, notes)
+    return ModelDirectory(target, path.stem, digest, notes, packed)
+
+
+def _packing_of(path: Path) -> str:
+    """Return the types of numbers in a GGUF file, such as `GGUF F32, Q4_1`."""
+    from gguf import GGUFReader
+
+    try:
+        types = {tensor.tensor_type.name for tensor in GGUFReader(path).tensors}
+    except Exception as error:
+        raise ModelError(f"{path} can't be read as a GGUF file: {error}") from error
+    return f"GGUF {', '.join(sorted(types))}"
 
 
 def _dequantise(path: Path, target: Path) -> None:

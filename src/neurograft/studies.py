@@ -119,8 +119,8 @@ def study_order(
 
 def _essence(manifest: Manifest) -> dict[str, Any]:
     """Return a manifest with what no answer depends on left out, so that organs of one kind get one answer."""
-    source = {"model": "", "layer_digests": [UNSEALED], "revision": None}
-    update = {
+    source: dict[str, Any] = {"model": "", "layer_digests": [UNSEALED], "revision": None}
+    update: dict[str, Any] = {
         "name": "organ",
         "version": "0.1.0",
         "license": None,

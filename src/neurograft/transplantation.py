@@ -70,8 +70,8 @@ def transplant(
         link: What happens to files that stay as they are. `auto`: they share blocks with the recipient's where the file
             system can do that, and are copied elsewhere; `hard`: hard links where it can't; `copy`: always copied.
         verify: `written`: the plan, and a digest of every byte that is written; `bytes`: also of what is linked;
-            `layers`: also every layer is asked the probe questions before and after, which loads torch and one layer
-            at a time.
+            `layers`: also every layer is asked the probe questions before and after, for which transformers loads
+            both models, one after the other.
         overwrite: Whether an existing model directory may be replaced.
         trust_remote_code: See `neurograft.models.resolve`.
 
