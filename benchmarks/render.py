@@ -10,6 +10,7 @@ import datetime
 import json
 import platform
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
@@ -52,7 +53,7 @@ def main() -> None:
 def render() -> str:
     """Return the page."""
     parts = [HEADER]
-    for name, section in (("demo", demo_section), ("protocols", protocols_section)):
+    for name, section in (("demo", demo_section), ("protocols", protocols_section), ("disk", disk_section)):
         path = RESULTS / f"{name}.json"
         if path.is_file():
             result = json.loads(path.read_text(encoding="utf-8"))
@@ -109,6 +110,37 @@ def protocols_section(result: dict[str, Any]) -> str:
         f"{settings['batch_size']} x {settings['sequence_length']} tokens, learning rate {settings['lr']:g} for all "
         "three, no recovery after the graft.\n\n"
         + table(["organ", "clinical perplexity", "general perplexity", "seconds of training"], rows)
+    )
+
+
+def disk_section(result: dict[str, Any]) -> str:
+    """Render transplants on disk: seconds beside `cp` of the same bytes, and memory."""
+    rows = result["rows"]
+    names = list(rows[0]["ways"])
+    middle = [{name: median(run["seconds"] for run in runs) for name, runs in row["ways"].items()} for row in rows]
+    seconds = [
+        [name, *(f"{times[name]:.1f} ({times[name] / times['cp']:.2f})" for times in middle)]
+        for name in names
+        if all(name in times for times in middle)
+    ]
+    memory = [
+        [name, *(f"{max(run['megabytes'] for run in row['ways'][name]):,.0f}" for row in rows)]
+        for name in names
+        if all(name in row["ways"] for row in rows)
+    ]
+    header = ["", *(f"{row['model_bytes'] / 1e9:.1f} GB" for row in rows)]
+    rounds = ", ".join(f"{row['gigabytes']} GB: {len(row['ways']['cp'])}" for row in rows)
+    first = ", ".join(f"{row['first']['insert']['seconds']:.0f} s" for row in rows)
+    largest = max(row["first"]["insert"]["megabytes"] for row in rows)
+    return (
+        "## Transplants on disk\n\nA random bfloat16 llama of 48 layers, a file for each layer, and an organ of three "
+        "of them. Each way runs with its input dropped from memory, and until `sync` returns. Seconds (median), and in "
+        f"parentheses relative to `cp`; rounds: {rounds}. The machine was shared with other work.\n\n"
+        + table(header, seconds)
+        + "\nLargest resident size of a process, in MB:\n\n"
+        + table(header, memory)
+        + "\nThe first time that a kind of organ meets a kind of model at a place, models are built without weights, "
+        f"in a process of its own with {largest:.0f} MB; the first insertion took {first} in all.\n"
     )
 
 

@@ -112,8 +112,7 @@ class FileWriter:
     def __exit__(self, kind: type[BaseException] | None, _error: Any, _trace: TracebackType | None) -> None:
         try:
             if kind is None:
-                self._drain(0)
-                os.fsync(self._descriptor)
+                self._drain(0)  # forcing it to the disk is left to whoever gives the file its name
         finally:
             self._digester.shutdown(cancel_futures=True)
             for descriptor in (self._descriptor, *self._sources.values()):
