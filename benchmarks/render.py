@@ -269,6 +269,39 @@ def training_cost_section(result: dict[str, Any]) -> str:
     )
 
 
+def disk_section(result: dict[str, Any]) -> str:
+    """Render transplants on disk: seconds beside `cp` of the same bytes, and memory."""
+    rows = result["rows"]
+    names = list(rows[0]["ways"])
+    middle = [
+        {name: statistics.median(run["seconds"] for run in runs) for name, runs in row["ways"].items()} for row in rows
+    ]
+    seconds = [
+        [name, *(f"{times[name]:.1f} ({times[name] / times['cp']:.2f})" for times in middle)]
+        for name in names
+        if all(name in times for times in middle)
+    ]
+    memory = [
+        [name, *(f"{max(run['megabytes'] for run in row['ways'][name]):,.0f}" for row in rows)]
+        for name in names
+        if all(name in row["ways"] for row in rows)
+    ]
+    header = ["", *(f"{row['model_bytes'] / 1e9:.1f} GB" for row in rows)]
+    rounds = ", ".join(f"{row['gigabytes']} GB: {len(row['ways']['cp'])}" for row in rows)
+    first = ", ".join(f"{row['first']['insert']['seconds']:.0f} s" for row in rows)
+    largest = max(row["first"]["insert"]["megabytes"] for row in rows)
+    return (
+        "## Transplants on disk\n\nA random bfloat16 llama of 48 layers, a file for each layer, and an organ of three "
+        "of them. Each way runs with its input dropped from memory, and until `sync` returns. Seconds (median), and in "
+        f"parentheses relative to `cp`; rounds: {rounds}. The machine was shared with other work.\n\n"
+        + table(header, seconds)
+        + "\nLargest resident size of a process, in MB:\n\n"
+        + table(header, memory)
+        + "\nThe first time that a kind of organ meets a kind of model at a place, models are built without weights, "
+        f"in a process of its own with {largest:.0f} MB; the first insertion took {first} in all.\n"
+    )
+
+
 def _with_interval(value: float, interval: list[float]) -> str:
     return f"{value:,.2f} [{interval[0]:,.2f}, {interval[1]:,.2f}]"
 
@@ -280,6 +313,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "training_cost": training_cost_section,
     "protocols": protocols_section,
     "recovery": recovery_section,
+    "disk": disk_section,
 }
 
 

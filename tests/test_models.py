@@ -81,9 +81,9 @@ def test_pickled_weights_are_never_loaded(copy: Path) -> None:
         load_model(copy)
 
 
-def test_quantised_checkpoints_are_refused(copy: Path) -> None:
-    _edit_config(copy, quantization_config={"quant_method": "mxfp4"})
-    with pytest.raises(ModelError, match=r"is quantised \(mxfp4\)"):
+def test_quantisation_by_layer_numbers_is_refused(copy: Path) -> None:
+    _edit_config(copy, quantization_config={"quant_method": "gptq", "dynamic": {"model.layers.3.mlp.up_proj": {}}})
+    with pytest.raises(ModelError, match=r"quantised layer by layer \(its quantization_config names model\.layers\.3"):
         open_checkpoint(resolve(copy))
 
 

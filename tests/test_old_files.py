@@ -69,7 +69,12 @@ def _write(folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         make_model(phase=0.3).save_pretrained(Path(temporary, "sample"))
         neurograft.extract(
-            Path(temporary, "sample"), layers=LAYERS, output=target, name="old-file", license="Apache-2.0"
+            Path(temporary, "sample"),
+            layers=LAYERS,
+            output=target,
+            name="old-file",
+            license="Apache-2.0",
+            verify="layers",
         )
     logits = [[round(value, 6) for value in row] for row in grafted_logits(target).tolist()]
     target.with_suffix(".logits.json").write_text(json.dumps(logits) + "\n")

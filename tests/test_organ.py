@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from neurograft import extract, inspect
 from neurograft.errors import OrganFileError, UsageError
+from neurograft.number_formats import digest_pieces
 from neurograft.organ import METADATA_KEY, Organ, read_organ
 
 Listing = Callable[[], list[str]]
@@ -199,7 +200,7 @@ def test_not_finite(value: float, organ: Organ, tmp_path: Path, listing: Listing
         bad.save(tmp_path / "bad.safetensors")
     assert listing() == []
     with monkeypatch.context() as patch:
-        patch.setattr("neurograft.organ.refuse_not_finite", lambda *_: None)
+        patch.setattr("neurograft.organ.digest_pieces", lambda pieces, **_: digest_pieces(pieces))
         bad.save(tmp_path / "bad.safetensors")
     with pytest.raises(OrganFileError, match="NaN or infinite"):
         read_organ(tmp_path / "bad.safetensors")
@@ -226,14 +227,14 @@ def test_a_full_disk_leaves_nothing(organ: Organ, tmp_path: Path, listing: Listi
         (tmp_path / "half").unlink()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr("neurograft.byte_moves.FileWriter.copy", full)
     with pytest.raises(Exception, match=r"the disk is full: .*organ\.safetensors"):
         organ.save(tmp_path / "organ.safetensors")
     assert listing() == []
 
 
 def test_an_interruption_leaves_nothing(organ: Organ, tmp_path: Path, listing: Listing, monkeypatch: Patch) -> None:
-    def interrupted(_: Path) -> str:
+    def interrupted(*_: Any) -> str:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("neurograft.organ._seal", interrupted)

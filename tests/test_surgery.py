@@ -158,8 +158,9 @@ def test_an_organ_that_does_not_fit_leaves_the_model_alone(organ: Organ, model_d
 
 
 def test_the_probe_sees_what_no_configuration_shows(
-    organ: Organ, recipient: Path, monkeypatch: pytest.MonkeyPatch
+    donor: Path, recipient: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    organ = extract(donor, layers=(2, 4), verify="layers")
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
     original = LlamaDecoderLayer.forward

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -167,7 +168,7 @@ def _interrupted(*_: Any, **__: Any) -> None:
 
 @pytest.mark.parametrize(
     "where",
-    ["huggingface_hub.save_torch_state_dict", "neurograft.files.fsync", "neurograft.transplantation.make_record"],
+    ["neurograft.byte_moves.FileWriter.copy", "neurograft.files.fsync", "neurograft.transplantation.make_record"],
 )
 @pytest.mark.parametrize(("failure", "error"), [(_full, NeurograftError), (_interrupted, KeyboardInterrupt)])
 def test_a_full_disk_and_ctrl_c_leave_nothing(
@@ -214,15 +215,16 @@ def test_too_little_room_is_said_before_anything_is_written(
 def test_a_result_that_computes_something_else_is_not_kept(
     organ: Organ, recipient: Path, tmp_path: Path, monkeypatch: Patch, listing: Listing
 ) -> None:
-    from neurograft.model_files import planned_tensors
+    from neurograft.model_files import plan_files
 
-    def swapped(*args: Any) -> dict[str, torch.Tensor]:
-        tensors = planned_tensors(*args)
+    def swapped(*args: Any) -> list[Any]:
+        files = plan_files(*args)
+        pieces = dict(files[0].pieces)
         a, b = "model.layers.0.self_attn.o_proj.weight", "model.layers.1.self_attn.o_proj.weight"
-        tensors[a], tensors[b] = tensors[b], tensors[a]
-        return tensors
+        pieces[a], pieces[b] = pieces[b], pieces[a]
+        return [dataclasses.replace(files[0], pieces=pieces)]
 
-    monkeypatch.setattr("neurograft.transplantation.planned_tensors", swapped)
+    monkeypatch.setattr("neurograft.transplantation.plan_files", swapped)
     with pytest.raises(VerificationError, match="the recipient's layer 0 would compute something else at position 0"):
-        transplant(organ, recipient, at=4, mode="insert", output=tmp_path / "out")
+        transplant(organ, recipient, at=4, mode="insert", output=tmp_path / "out", verify="layers")
     assert listing() == []

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from neurograft.files import explained_os_errors
 from neurograft.models import cache_directory
 
-CacheKind = Literal["gguf", "prefix", "demo"]
+CacheKind = Literal["gguf", "prefix", "studies", "demo"]
 
 
 class CacheEntry(BaseModel):
@@ -20,7 +20,9 @@ class CacheEntry(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     kind: CacheKind
-    """`gguf`: a dequantised model; `prefix`: hidden states that enter an organ; `demo`: the demo's recipient."""
+    """`gguf`: a dequantised model; `prefix`: hidden states that enter an organ; `studies`: what building models without
+    weights has shown; `demo`: the demo's recipient.
+    """
     name: str
     bytes: int
     used: str

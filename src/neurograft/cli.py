@@ -60,6 +60,10 @@ ModeOption = Annotated[
     Literal["replace", "insert"] | None,
     typer.Option("--mode", help="What the organ recommends, if left out."),
 ]
+LinkOption = Annotated[
+    Literal["auto", "copy", "hard"],
+    typer.Option("--link", help="Files that stay as they are: share blocks if the disk can, copy, or hard links."),
+]
 TextColumn = Annotated[str, typer.Option("--text-column", help="Column that holds the text, in tables.")]
 Separator = Annotated[
     str | None,
@@ -171,6 +175,10 @@ def extract(
     version: Annotated[str, typer.Option("--organ-version", help="Its semantic version.")] = "0.1.0",
     license: Annotated[str | None, typer.Option("--license", help="Its licence, such as Apache-2.0.")] = None,
     description: Annotated[str | None, typer.Option("--description", help="One line about it.")] = None,
+    verify: Annotated[
+        Literal["bytes", "layers"],
+        typer.Option("--verify", help="Copy bytes, or also run the layers and keep their answers."),
+    ] = "bytes",
     overwrite: Overwrite = False,
     trust_remote_code: RemoteCode = False,
     as_json: AsJson = False,
@@ -187,6 +195,7 @@ def extract(
             version=version,
             license=license,
             description=description,
+            verify=verify,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
         )
@@ -406,6 +415,11 @@ def transplant(
     output: Annotated[Path, typer.Option("-o", "--output", help="Model directory to write.")],
     at: At = None,
     mode: ModeOption = None,
+    link: LinkOption = "auto",
+    verify: Annotated[
+        Literal["written", "bytes", "layers"],
+        typer.Option("--verify", help="Digest what is written, also what is linked, also ask every layer."),
+    ] = "bytes",
     overwrite: Overwrite = False,
     trust_remote_code: RemoteCode = False,
     as_json: AsJson = False,
@@ -420,6 +434,8 @@ def transplant(
             at=at,
             mode=mode,
             output=output,
+            link=link,
+            verify=verify,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
         )
@@ -566,6 +582,7 @@ def remove(
     organ: Annotated[
         str | None, typer.Option("--organ", metavar="NAME", help="Which organ, if there are several.")
     ] = None,
+    link: LinkOption = "auto",
     overwrite: Overwrite = False,
     trust_remote_code: RemoteCode = False,
     as_json: AsJson = False,
@@ -577,7 +594,7 @@ def remove(
         if not directory.is_dir():
             raise UsageError(f"{directory} is no directory; give the one that transplant wrote.")
         result = removal.remove(
-            directory, organ=organ, output=output, overwrite=overwrite, trust_remote_code=trust_remote_code
+            directory, organ=organ, output=output, link=link, overwrite=overwrite, trust_remote_code=trust_remote_code
         )
         screen.result(result, lambda: render.removal(result))
 
@@ -585,8 +602,8 @@ def remove(
 @app.command()
 def cache(
     clear: Annotated[
-        Literal["gguf", "prefix", "demo", "all"] | None,
-        typer.Option("--clear", help="Delete this kind: gguf, prefix, demo or all."),
+        Literal["gguf", "prefix", "studies", "demo", "all"] | None,
+        typer.Option("--clear", help="Delete this kind: gguf, prefix, studies, demo or all."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -6,24 +6,27 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from neurograft.checkpoint import Checkpoint, open_checkpoint
 from neurograft.errors import IncompatibleError, NeurograftError
+from neurograft.findings import Finding, Severity
 from neurograft.layer_values import count_name, read_rows
 from neurograft.layer_weights import expected_tensors, verify_names
 from neurograft.manifest import Manifest, Mode, TokenizerFingerprint
-from neurograft.models import ModelDirectory, fingerprint_tokenizer, load_tokenizer_if_any, resolve
-from neurograft.organ import Organ, config_to_json, read_organ
-from neurograft.planning import check_position, plan_graft, recommended_place
+from neurograft.models import resolve
+from neurograft.number_formats import first_rows
+from neurograft.organ import Organ, config_to_json, open_organ
+from neurograft.planning import plan_graft
+from neurograft.steps import check_position, recommended_place
+from neurograft.studies import Layout, study_graft, studying
+from neurograft.tensor_files import Piece, same_kinds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-    from neurograft.checkpoint import Checkpoint
-
-Severity = Literal["blocks", "risks", "notes"]
 
 # Values that say nothing about what a layer computes.
 _IRRELEVANT = re.compile(
@@ -68,25 +71,7 @@ _REASONS = (
 _ALIGNED = 0.5
 _SAMPLED_ROWS = 64
 _SAMPLED_TENSORS = 12
-
-
-class Finding(BaseModel):
-    """One thing that was noticed."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    severity: Severity
-    """`blocks`: it must not be done; `risks`: it may go wrong; `notes`: good to know."""
-    subject: str
-    """What differs, such as `hidden_size`."""
-    organ: Any = None
-    recipient: Any = None
-    why: str
-
-    def sentence(self) -> str:
-        """Return the finding in one sentence."""
-        if self.organ is None and self.recipient is None:
-            return f"{self.subject}: {self.why}"
-        return f"{self.subject} is {self.organ} in the organ and {self.recipient} in the recipient: {self.why}"
+_SAMPLED_VALUES = 1 << 17
 
 
 class CheckReport(BaseModel):
@@ -133,12 +118,11 @@ def check(
         OrganFileError: The organ file can't be trusted.
         ModelError: The recipient can't be read or cut into layers.
     """
-    from neurograft.checkpoint import open_checkpoint
-
-    organ = organ if isinstance(organ, Organ) else read_organ(organ)
+    organ = organ if isinstance(organ, Organ) else open_organ(organ)
     directory = resolve(recipient, trust_remote_code=trust_remote_code)
-    checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
-    return check_checkpoint(organ, checkpoint, at=at, mode=mode, trust_remote_code=trust_remote_code)
+    with studying():
+        checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
+        return check_checkpoint(organ, checkpoint, at=at, mode=mode, trust_remote_code=trust_remote_code)[0]
 
 
 def check_checkpoint(
@@ -148,24 +132,31 @@ def check_checkpoint(
     at: int | None,
     mode: Mode | None,
     trust_remote_code: bool = False,
-) -> CheckReport:
-    """Do what `check` does, on a recipient that is open already."""
-    verify_tensors(organ)
+) -> tuple[CheckReport, str | None]:
+    """Do what `check` does, on a recipient that is open already.
+
+    Returns:
+        The report, and the `config.json` of the result if nothing blocks.
+    """
     alignment = align(organ, checkpoint)
     if at is None and alignment is not None:
         at = alignment.position
     position, chosen = recommended_place(organ.manifest, at=at, mode=mode)
+    study = study_graft(
+        checkpoint.directory, organ.manifest, at=position, mode=chosen, trust_remote_code=trust_remote_code
+    )
+    if study.expected is not None:
+        _verify_layouts(organ, study.expected)
     findings = [
-        *config_findings(organ.manifest, checkpoint.config),
-        *place_findings(organ, checkpoint.skeleton, at=position, mode=chosen),
+        *study.findings,
         *_name_findings(organ, checkpoint),
-        *_tokenizer_findings(organ.manifest.tokenizer, checkpoint.directory, trust_remote_code),
+        *_tokenizer_findings(organ.manifest.tokenizer, checkpoint.study.tokenizer),
         *_alignment_findings(organ, alignment, position, chosen),
         *_manifest_findings(organ.manifest),
         *(Finding(severity="notes", subject="recipient", why=note) for note in checkpoint.directory.notes),
     ]
     order = {"blocks": 0, "risks": 1, "notes": 2}
-    return CheckReport(
+    report = CheckReport(
         organ=organ.name,
         recipient=checkpoint.directory.name,
         position=position,
@@ -174,6 +165,20 @@ def check_checkpoint(
         similarity=round(alignment.similarity, 4) if alignment else None,
         findings=sorted(findings, key=lambda finding: order[finding.severity]),
     )
+    return report, None if report.blocked else study.config
+
+
+def _verify_layouts(organ: Organ, expected: Sequence[Layout]) -> None:
+    """Check that an organ has the tensors, all and no others, that its own configuration calls for.
+
+    Raises:
+        OrganFileError: Names the first missing, extra or misshapen tensor.
+    """
+    named = {
+        f"layers.{layer}.{inner}": shape for layer, layout in enumerate(expected) for inner, shape in layout.items()
+    }
+    found = {name: piece.shape for name, piece in organ.pieces.items()}
+    verify_names(found, named, str(organ.path or organ.name))
 
 
 def verify_tensors(organ: Organ) -> None:
@@ -182,6 +187,11 @@ def verify_tensors(organ: Organ) -> None:
     Raises:
         OrganFileError: Names the first missing, extra or misshapen tensor.
     """
+    if organ.manifest.is_packed:
+        raise IncompatibleError(
+            f"the organ {organ.name} holds packed (quantised) tensors, which can't be put into a loaded model; "
+            f"transplant it on disk."
+        )
     first = organ.manifest.anatomy.first_layer
     expected = expected_tensors(organ.config(), range(first, first + organ.layer_count))
     found = {name: tuple(tensor.shape) for name, tensor in organ.tensors.items()}
@@ -292,40 +302,55 @@ def _kind_findings(organ: Organ, rows: Sequence[Mapping[str, Any]], at: int, mod
 
 
 def _name_findings(organ: Organ, checkpoint: Checkpoint) -> list[Finding]:
-    """Compare tensor names and shapes with those of the recipient's layers on disk."""
-    if organ.manifest.anatomy.model_type != checkpoint.config.model_type:
+    """Compare tensor names and shapes, and how packed ones are packed, with those of the recipient's layers on disk."""
+    if organ.manifest.anatomy.model_type != checkpoint.study.model_type:
         return []
+    if organ.manifest.is_packed or checkpoint.packing:
+        return _packing_findings(organ, checkpoint)
     known: dict[str, tuple[int, ...]] = {}
     for layer in range(checkpoint.layer_count):
-        for inner, name in checkpoint.layer_names(layer).items():
-            if inner not in known:
-                known[inner] = checkpoint.shape(name)
-    if set(organ.layer(0)) == set(known) and all(
-        tuple(organ.layer(0)[inner].shape) == shape for inner, shape in known.items()
-    ):
-        return []
+        known.update(
+            {inner: piece.shape for inner, piece in checkpoint.layer_pieces(layer).items() if inner not in known}
+        )
     return [
         Finding(
             severity="blocks",
             subject=inner,
-            organ=list(tensor.shape),
+            organ=list(piece.shape),
             recipient=list(known[inner]),
             why="the tensor has another shape",
         )
         for index in range(organ.layer_count)
-        for inner, tensor in organ.layer(index).items()
-        if inner in known and known[inner] != tuple(tensor.shape)
+        for inner, piece in organ.layer_pieces(index).items()
+        if inner in known and known[inner] != piece.shape
     ][:5]
 
 
-def _tokenizer_findings(
-    ours: TokenizerFingerprint | None, directory: ModelDirectory, trust_remote_code: bool
-) -> list[Finding]:
-    tokenizer = load_tokenizer_if_any(directory, trust_remote_code=trust_remote_code)
-    if ours is None or tokenizer is None:
+def _packing_findings(organ: Organ, checkpoint: Checkpoint) -> list[Finding]:
+    """Check that each of an organ's layers is packed exactly as some layer of the recipient is."""
+    if bool(checkpoint.packing) != organ.manifest.is_packed:
+        why = "packed and plain layers can't stand in one model, whose configuration says one of the two of all"
+        ours = organ.manifest.anatomy.config.get("quantization_config") or {}
+        method = ours.get("quant_method", "unnamed") if organ.manifest.is_packed else "none"
+        theirs = checkpoint.packing or "none"
+        return [Finding(severity="blocks", subject="quantisation", organ=method, recipient=theirs, why=why)]
+    kinds = [checkpoint.layer_pieces(layer) for layer in range(checkpoint.layer_count)]
+    return [
+        Finding(
+            severity="blocks",
+            subject=f"layer {index}",
+            why="no layer of the recipient has tensors of the same names, dtypes and shapes: it is packed differently",
+        )
+        for index in range(organ.layer_count)
+        if not any(same_kinds(organ.layer_pieces(index), kind) for kind in kinds)
+    ][:5]
+
+
+def _tokenizer_findings(ours: TokenizerFingerprint | None, theirs: TokenizerFingerprint | None) -> list[Finding]:
+    if ours is None or theirs is None:
         which = "the organ carries no tokenizer fingerprint" if ours is None else "the recipient has no tokenizer"
         return [Finding(severity="notes", subject="tokenizer", why=f"{which}, so tokenizers could not be compared")]
-    return tokenizer_findings(ours, fingerprint_tokenizer(tokenizer))
+    return tokenizer_findings(ours, theirs)
 
 
 def tokenizer_findings(ours: TokenizerFingerprint, theirs: TokenizerFingerprint) -> list[Finding]:
@@ -385,19 +410,17 @@ def align(organ: Organ, checkpoint: Checkpoint) -> Alignment | None:
     Returns:
         `None` where no run of k layers stands out.
     """
-    import torch
-
-    if organ.manifest.anatomy.model_type != checkpoint.config.model_type or organ.layer_count > checkpoint.layer_count:
+    if organ.manifest.anatomy.model_type != checkpoint.study.model_type or organ.layer_count > checkpoint.layer_count:
         return None
-    scores = torch.zeros(organ.layer_count, checkpoint.layer_count)  # (k, L)
+    ours = [_sample(organ.layer_pieces(index)) for index in range(organ.layer_count)]
+    scores = np.zeros((organ.layer_count, checkpoint.layer_count))  # (k, L)
     for layer in range(checkpoint.layer_count):
-        samples = _sample_recipient(organ, checkpoint, layer)
-        for index in range(organ.layer_count):
-            scores[index, layer] = _similarity(organ.layer(index), samples)
+        theirs = _sample(checkpoint.layer_pieces(layer))
+        scores[:, layer] = [_similarity(own, theirs) for own in ours]
     starts = checkpoint.layer_count - organ.layer_count + 1
-    means = torch.stack([scores[:, start : start + organ.layer_count].diagonal().mean() for start in range(starts)])
+    means = np.array([scores[:, start : start + organ.layer_count].diagonal().mean() for start in range(starts)])
     best = int(means.argmax())
-    others = torch.cat([means[:best], means[best + 1 :]])
+    others = np.delete(means, best)
     runner_up = float(others.max()) if len(others) else 0.0
     if not means[best] > max(_ALIGNED, runner_up + 0.1):
         return None
@@ -406,31 +429,21 @@ def align(organ: Organ, checkpoint: Checkpoint) -> Alignment | None:
     return Alignment(position, best, float(means[best]), runner_up)
 
 
-def _sample_recipient(organ: Organ, checkpoint: Checkpoint, layer: int) -> dict[str, Any]:
-    """Read the first rows of a layer's matrices."""
-    from safetensors import safe_open
-
-    matrices = sorted(name for name, tensor in organ.layer(0).items() if tensor.ndim >= 2)
+def _sample(layer: Mapping[str, Piece]) -> dict[str, np.ndarray[Any, Any]]:
+    """Read the first rows of some of a layer's matrices, as float32, flat."""
+    matrices = sorted(name for name, piece in layer.items() if len(piece.shape) >= 2 and piece.is_float)
     step = max(1, len(matrices) // _SAMPLED_TENSORS)
-    names = checkpoint.layer_names(layer)
-    samples = {}
-    for inner in matrices[::step]:
-        if inner in names:
-            with safe_open(checkpoint.files[names[inner]], framework="pt") as stream:
-                samples[inner] = stream.get_slice(names[inner])[:_SAMPLED_ROWS].float()
-    return samples
+    return {name: first_rows(layer[name], _SAMPLED_ROWS, _SAMPLED_VALUES) for name in matrices[::step]}
 
 
-def _similarity(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> float:
+def _similarity(ours: Mapping[str, np.ndarray[Any, Any]], theirs: Mapping[str, np.ndarray[Any, Any]]) -> float:
     """Return the median over matrices of the cosine similarity of their first rows."""
-    import torch
-
     cosines = [
-        torch.cosine_similarity(ours[name][:_SAMPLED_ROWS].float().flatten(), sample.flatten(), dim=0)
+        float(ours[name] @ sample / max(np.linalg.norm(ours[name]) * np.linalg.norm(sample), 1e-12))
         for name, sample in theirs.items()
-        if name in ours and ours[name][:_SAMPLED_ROWS].shape == sample.shape
+        if name in ours and ours[name].shape == sample.shape
     ]
-    return float(torch.stack(cosines).median()) if cosines else 0.0
+    return float(np.median(cosines)) if cosines else 0.0
 
 
 def _alignment_findings(organ: Organ, alignment: Alignment | None, position: int, mode: Mode) -> list[Finding]:

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from neurograft import probe
-from neurograft.anatomy import describe
 from neurograft.checkpoint import Checkpoint, open_checkpoint
 from neurograft.errors import UsageError
 from neurograft.files import (
     check_output_file,
 )
-from neurograft.layer_weights import expected_tensors, to_disk
+from neurograft.hub import hub_layers
 from neurograft.manifest import (
+    UNSEALED,
     LayerAnatomy,
     Manifest,
+    Probe,
     Source,
 )
 from neurograft.models import (
     ModelDirectory,
-    fingerprint_tokenizer,
+    is_hub_id,
     load_model,
-    load_tokenizer_if_any,
     resolve,
 )
-from neurograft.organ import UNSEALED, Organ, clean_name, config_to_json, dtype_name, now
+from neurograft.number_formats import digest_pieces
+from neurograft.organ import LazyTensors, Organ, clean_name, now, pieces_dtype, pieces_of
+from neurograft.studies import studying
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +79,7 @@ def extract(
     version: str = "0.1.0",
     license: str | None = None,
     description: str | None = None,
+    verify: Literal["bytes", "layers"] = "bytes",
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> Organ:
@@ -89,6 +93,8 @@ def extract(
         version: The organ's semantic version.
         license: SPDX identifier or name of its licence.
         description: One line about it.
+        verify: `bytes`: the layers are copied as bytes; `layers`: they are also run, and their answers to the probe
+            questions put into the manifest, for which transformers loads the model.
         overwrite: Whether an existing file may be replaced.
         trust_remote_code: See `neurograft.models.resolve`.
 
@@ -99,27 +105,50 @@ def extract(
     """
     if output is not None:
         check_output_file(Path(output), overwrite=overwrite)
+    with (
+        studying(),
+        _opened(model, layers, whole=verify == "layers", trust_remote_code=trust_remote_code) as (checkpoint, chosen),
+    ):
+        directory = checkpoint.directory
+        answers, dtype = _ask(directory, trust_remote_code) if verify == "layers" else (None, "")
+        organ = organ_from_checkpoint(
+            checkpoint,
+            chosen,
+            answers=answers,
+            dtype=dtype,
+            name=clean_name(name or f"{directory.name.rpartition('/')[2]}-{chosen.start}-{chosen.stop}"),
+            version=version,
+            license=license,
+            description=description,
+        )
+        if output is not None:
+            return organ.save(output, overwrite=overwrite)
+        digest_pieces(organ.pieces, finite_in=organ.name)
+        return Organ(organ.manifest, {name: organ.tensors[name] for name in organ.tensors})
+
+
+@contextmanager
+def _opened(
+    model: str | Path, layers: str | range | tuple[int, int], *, whole: bool, trust_remote_code: bool
+) -> Iterator[tuple[Checkpoint, range]]:
+    """Open a model to take layers out of it; of one on the Hub, only these layers unless `whole`."""
+    if is_hub_id(model) and not whole:
+        with hub_layers(
+            str(model), lambda count: parse_layers(layers, count), trust_remote_code=trust_remote_code
+        ) as opened:
+            yield opened
+        return
     directory = resolve(model, trust_remote_code=trust_remote_code)
     checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
-    chosen = parse_layers(layers, checkpoint.layer_count)
-    log.info("loading %s to ask its layers the probe questions", directory.name)
-    answers, loaded = _ask(directory, trust_remote_code)
-    organ = organ_from_checkpoint(
-        checkpoint,
-        chosen,
-        answers,
-        dtype=loaded,
-        name=clean_name(name or f"{directory.name.rpartition('/')[2]}-{chosen.start}-{chosen.stop}"),
-        version=version,
-        license=license,
-        description=description,
-        trust_remote_code=trust_remote_code,
-    )
-    return organ if output is None else organ.save(output, overwrite=overwrite)
+    yield checkpoint, parse_layers(layers, checkpoint.layer_count)
 
 
 def _ask(directory: ModelDirectory, trust_remote_code: bool) -> tuple[torch.Tensor, str]:
     """Return a causal model's answers to the probe, (L, T, S), and the dtype they were computed in."""
+    from neurograft import probe
+    from neurograft.anatomy import describe
+
+    log.info("loading %s to ask its layers the probe questions", directory.name)
     loaded = load_model(directory, trust_remote_code=trust_remote_code)
     probe.refuse_future_leak(loaded, directory.name)
     return probe.probe_layers(loaded, describe(loaded).layers_path), str(loaded.dtype).removeprefix("torch.")
@@ -128,19 +157,30 @@ def _ask(directory: ModelDirectory, trust_remote_code: bool) -> tuple[torch.Tens
 def organ_from_checkpoint(
     checkpoint: Checkpoint,
     layers: range,
-    answers: torch.Tensor,
     *,
-    dtype: str,
+    answers: torch.Tensor | None = None,
+    dtype: str = "",
     name: str,
     version: str = "0.1.0",
     license: str | None = None,
     description: str | None = None,
     kind: Any = "organ",
-    trust_remote_code: bool = False,
 ) -> Organ:
-    """Build an organ from layers on disk; `answers`, (L, T, S), are those of all the model's layers to the probe."""
+    """Build an organ from layers on disk, whose bytes stay there until it is written.
+
+    Args:
+        checkpoint: The model.
+        layers: Which, half-open and zero-based.
+        answers: (L, T, S), those of all the model's layers to the probe, if they were asked.
+        dtype: In which the answers were computed.
+        name: The organ's name, and so on, as in `extract`.
+        version: See `extract`.
+        license: See `extract`.
+        description: See `extract`.
+        kind: `organ` or `explant`.
+    """
     tensors = _canonical_tensors(checkpoint, layers)
-    tokenizer = load_tokenizer_if_any(checkpoint.directory, trust_remote_code=trust_remote_code)
+    study = checkpoint.study
     manifest = Manifest(
         name=name,
         version=version,
@@ -149,13 +189,13 @@ def organ_from_checkpoint(
         created=now(),
         kind=kind,
         anatomy=LayerAnatomy(
-            model_type=checkpoint.config.model_type,
-            config=config_to_json(checkpoint.config),
+            model_type=study.model_type,
+            config=study.config,
             first_layer=layers.start,
             layer_values=[checkpoint.rows[layer] for layer in layers],
-            dtype=dtype_name(tensors),
+            dtype=pieces_dtype(pieces_of(tensors)),
         ),
-        tokenizer=fingerprint_tokenizer(tokenizer) if tokenizer is not None else None,
+        tokenizer=study.tokenizer,
         source=Source(
             model=checkpoint.directory.name,
             revision=checkpoint.directory.revision,
@@ -163,29 +203,43 @@ def organ_from_checkpoint(
             layer_stop=layers.stop,
             layer_count=checkpoint.layer_count,
             layer_digests=[checkpoint.layer_digest(layer) for layer in layers],
+            dequantised_from=checkpoint.directory.dequantised_from,
         ),
         recommended_mode="replace",
         recommended_position=layers.start,
-        probe=probe.to_manifest(answers[layers.start : layers.stop], dtype),
+        probe=_to_manifest(answers, layers, dtype),
         tensors_digest=UNSEALED,
         file_digest=UNSEALED,
     )
     return Organ(manifest, tensors)
 
 
-def _canonical_tensors(checkpoint: Checkpoint, layers: range) -> dict[str, torch.Tensor]:
-    """Read layers from disk, under the names that transformers writes today.
+def _to_manifest(answers: torch.Tensor | None, layers: range, dtype: str) -> Probe | None:
+    if answers is None:
+        return None
+    from neurograft import probe
+
+    return probe.to_manifest(answers[layers.start : layers.stop], dtype)
+
+
+def _canonical_tensors(checkpoint: Checkpoint, layers: range) -> Mapping[str, torch.Tensor]:
+    """Return layers on disk under the names that transformers writes today, packed ones under those that they have.
 
     An old checkpoint may spell them otherwise; then transformers reads it and says how it would write it.
     """
-    names = {
-        f"layers.{layer - layers.start}.{inner}": name
+    known = all(
+        (layout := checkpoint.study.layout(layer)) is None or set(layout) == set(checkpoint.layer_names(layer))
         for layer in layers
-        for inner, name in checkpoint.layer_names(layer).items()
-    }
-    expected = expected_tensors(checkpoint.config, layers)
-    if set(names) == set(expected):
-        tensors = checkpoint.load(list(names.values()))
-        return {inner: tensors[name] for inner, name in names.items()}
-    loaded = load_model(checkpoint.directory)
-    return {name: tensor.clone() for name, tensor in to_disk(loaded, layers).items()}
+    )
+    if not known:
+        from neurograft.layer_weights import to_disk
+
+        loaded = load_model(checkpoint.directory)
+        return {name: tensor.clone() for name, tensor in to_disk(loaded, layers).items()}
+    return LazyTensors(
+        {
+            f"layers.{layer - layers.start}.{inner}": piece
+            for layer in layers
+            for inner, piece in checkpoint.layer_pieces(layer).items()
+        }
+    )

@@ -71,7 +71,7 @@ def atomic_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
             mode = _usual_mode(temporary)
             yield temporary
             for file in temporary.rglob("*"):
-                if file.is_file():
+                if file.is_file() and file.stat().st_nlink == 1:  # a hard link is someone else's file too
                     file.chmod(mode)
                 fsync(file)
             fsync(temporary)
@@ -185,12 +185,17 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def tensor_hash(dtype: str, shape: tuple[int, ...]) -> hashlib._Hash:
+    """Begin a tensor's digest with its dtype, in torch's words, and its shape; its bytes are to follow."""
+    return hashlib.sha256(f"{dtype} {list(shape)}\n".encode())
+
+
 def tensor_digest(tensor: torch.Tensor) -> str:
     """Return the SHA-256 over dtype, shape and bytes of one tensor, as 64 hex digits."""
     import torch
 
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    digest = hashlib.sha256(f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
+    digest = tensor_hash(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
     digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
     return digest.hexdigest()
 

@@ -8,10 +8,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 SCHEMA_VERSION = 2
 RECORD_FILE = "neurograft.json"
+UNSEALED = "0" * 64
+"""What stands for a digest that is not made yet."""
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
 Mode = Literal["replace", "insert"]
+Verify = Literal["written", "bytes", "layers"]
+"""How much a result is checked, each level on top of the one before; docs/disk.md says what each proves."""
 Protocol = Literal["in_place", "insert", "standalone"]
 Scope = Literal["organ", "neighbours", "seams"]
 Unfreeze = Literal["at_once", "gradual"]
@@ -64,6 +68,8 @@ class Source(_Part):
     """How many layers the donor has."""
     layer_digests: list[Digest]
     """For each of the k layers, the digest of its tensors as extracted, before any training."""
+    dequantised_from: str | None = None
+    """What the layers were stored as where these tensors were computed from packed ones, such as `GGUF Q4_1`."""
 
 
 class Training(_Part):
@@ -132,7 +138,8 @@ class Manifest(_Part):
     evaluations: list[Evaluation] = []
     recommended_mode: Mode
     recommended_position: Count
-    probe: Probe
+    probe: Probe | None = None
+    """`None` where the layers were not asked: extracted as bytes, never run."""
     tensors_digest: Digest
     """SHA-256 over names, dtypes, shapes and bytes of the tensors."""
     file_digest: Digest
@@ -148,6 +155,11 @@ class Manifest(_Part):
         """Every training of the organ, first to last."""
         return [*self.training_history, *([self.training] if self.training else [])]
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether the layers are quantised: bytes that mean something only to the method that packed them."""
+        return bool(self.anatomy.config.get("quantization_config"))
+
 
 class Origin(_Part):
     """Where one layer of a transplanted model came from."""
@@ -156,8 +168,8 @@ class Origin(_Part):
     """Name of the organ; `None` for a layer of the original recipient."""
     layer: Count
     """Zero-based layer number inside the organ, or inside the original recipient."""
-    digest: Digest
-    """Digest of the layer's tensors as they are in this model."""
+    digest: Digest | None
+    """Digest of the layer's tensors as they are in this model; `None` if they were linked and never read."""
 
 
 class Operation(_Part):
@@ -174,6 +186,8 @@ class Operation(_Part):
     """Where the layers in the explant came from."""
     manifest: Manifest | None = None
     """The organ's manifest as it was put in; absent in schema 1."""
+    verified: Verify = "layers"
+    """How the result was checked: every byte written, also what was linked, also what each layer computes."""
     when: str
 
 
@@ -221,6 +235,14 @@ class Recovery(_Part):
     when: str
 
 
+class LinkedFile(_Part):
+    """What shows that a file was not written to since; it shares its bytes with the recipient's and was not read."""
+
+    size: Count
+    mtime_ns: int
+    """Time of the last change, nanoseconds since 1970."""
+
+
 class SurgicalRecord(_Part):
     """`neurograft.json` beside a transplanted model: what was done, and what the original was."""
 
@@ -229,12 +251,15 @@ class SurgicalRecord(_Part):
     recipient: str
     original_config: str
     """The original's `config.json`, verbatim."""
-    original_tensors_digest: Digest
+    original_tensors_digest: Digest | None
+    """`None` if some of the original's tensors were linked and never read."""
     original_config_digest: Digest
-    tensors_digest: Digest
+    tensors_digest: Digest | None
     config_digest: Digest
     layers: list[Origin]
     """One entry for each layer of this model, in order."""
     operations: list[Operation]
     recoveries: list[Recovery] = []
     """In the order in which they were done; absent in schema 1."""
+    linked: dict[str, LinkedFile] = {}
+    """Files whose tensors have no digest here, by name."""

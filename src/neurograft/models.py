@@ -19,8 +19,8 @@ from neurograft.manifest import TokenizerFingerprint
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "tokenizer*"]
-_TOKENIZER_FILES = (
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "tokenizer*"]
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "vocab.json",
@@ -47,6 +47,8 @@ class ModelDirectory:
     """Commit on the Hub, where it came from there."""
     notes: tuple[str, ...] = ()
     """What was done to get a plain directory, such as dequantising a GGUF file."""
+    dequantised_from: str | None = None
+    """What the weights were stored as, where they were computed from packed ones."""
 
 
 def cache_directory() -> Path:
@@ -72,15 +74,20 @@ def resolve(reference: str | Path, *, trust_remote_code: bool = False) -> ModelD
         directory = _from_gguf(path)
     elif path.is_file():
         raise ModelError(f"{path} is a file; a model is a transformers directory, a .gguf file or a Hub id.")
-    elif _HUB_ID.match(text) and not text.startswith("."):
+    elif is_hub_id(reference):
         directory = _from_hub(text)
     else:
         raise ModelError(f"there is no model at {text}; give a transformers directory, a .gguf file or a Hub id.")
-    _refuse_foreign(directory.path, trust_remote_code=trust_remote_code)
+    refuse_foreign(directory.path, trust_remote_code=trust_remote_code)
     return directory
 
 
-def _refuse_foreign(path: Path, *, trust_remote_code: bool) -> None:
+def refuse_foreign(path: Path, *, trust_remote_code: bool) -> None:
+    """Refuse a directory that holds no transformers model, or one that needs code of its own.
+
+    Raises:
+        ModelError: One sentence says why.
+    """
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise ModelError(f"{path} holds a PEFT adapter, no model; merge it into its base model first.")
     if not (path / "config.json").is_file():
@@ -91,6 +98,13 @@ def _refuse_foreign(path: Path, *, trust_remote_code: bool) -> None:
             f"{path} needs its own Python code ({raw.get('model_type')}), which neurograft runs only with "
             f"--trust-remote-code."
         )
+
+
+def is_hub_id(reference: str | Path) -> bool:
+    """Whether `resolve` would look for a model on the Hub."""
+    text, path = str(reference), Path(reference)
+    local = path.exists() or path.suffix == ".gguf"
+    return not local and bool(_HUB_ID.match(text)) and not text.startswith(".")
 
 
 def _is_native(model_type: str) -> bool:
@@ -119,7 +133,7 @@ def _from_hub(text: str) -> ModelDirectory:
 
     name, _, revision = text.partition("@")
     try:
-        path = Path(snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES))
+        path = Path(snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{name} is no local directory, and the Hub did not give it: {reason}") from error
@@ -136,12 +150,24 @@ def _from_gguf(path: Path) -> ModelDirectory:
     digest = file_sha256(path)
     target = cache_directory() / "gguf" / digest[:32]
     notes = (f"dequantised from {path.name} to float32",)
+    packed = _packing_of(path)
     if not (target / "config.json").is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
         require_space(target.parent, 8 * path.stat().st_size)
         with atomic_directory(target, overwrite=True) as temporary:
             _dequantise(path, temporary)
-    return ModelDirectory(target, path.stem, digest, notes)
+    return ModelDirectory(target, path.stem, digest, notes, packed)
+
+
+def _packing_of(path: Path) -> str:
+    """Return the types of numbers in a GGUF file, such as `GGUF F32, Q4_1`."""
+    from gguf import GGUFReader
+
+    try:
+        types = {tensor.tensor_type.name for tensor in GGUFReader(path).tensors}
+    except Exception as error:
+        raise ModelError(f"{path} can't be read as a GGUF file: {error}") from error
+    return f"GGUF {', '.join(sorted(types))}"
 
 
 def _dequantise(path: Path, target: Path) -> None:
@@ -261,7 +287,7 @@ def load_tokenizer_if_any(
     """
     from transformers import AutoTokenizer
 
-    if not any((directory.path / name).is_file() for name in _TOKENIZER_FILES):
+    if not any((directory.path / name).is_file() for name in TOKENIZER_FILES):
         return None
     try:
         with quiet_transformers():

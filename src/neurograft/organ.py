@@ -7,30 +7,54 @@ import hashlib
 import json
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neurograft.errors import OrganFileError, UsageError
+from neurograft.byte_moves import FileWriter
+from neurograft.errors import ModelError, OrganFileError, UsageError
 from neurograft.files import (
     CHUNK_BYTES,
     atomic_file,
     combine_digests,
     require_space,
-    tensor_digest,
-    tensors_digest,
 )
-from neurograft.manifest import SCHEMA_VERSION, Manifest
+from neurograft.manifest import SCHEMA_VERSION, UNSEALED, Manifest
+from neurograft.number_formats import digest_pieces, held, load_piece
+from neurograft.tensor_files import (
+    MAX_HEADER_BYTES,
+    Piece,
+    bytes_of,
+    header_of,
+    in_file_order,
+    parse_header,
+    prefixed,
+    torch_name,
+)
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig
 
 METADATA_KEY = "neurograft"
-UNSEALED = "0" * 64
-_MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 _DIGEST_FIELD = re.compile(rb'\\"file_digest\\":\\"([0-9a-f]{64})\\"')
+
+
+@dataclass(frozen=True)
+class LazyTensors(Mapping[str, "torch.Tensor"]):
+    """Tensors that stay where they are; each is read when it is asked for."""
+
+    pieces: Mapping[str, Piece]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return load_piece(self.pieces[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.pieces)
+
+    def __len__(self) -> int:
+        return len(self.pieces)
 
 
 @dataclass(frozen=True)
@@ -62,9 +86,18 @@ class Organ:
         prefix = f"layers.{index}."
         return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
 
+    @property
+    def pieces(self) -> Mapping[str, Piece]:
+        """The tensors as bytes: what each is, and where its bytes are."""
+        return pieces_of(self.tensors)
+
+    def layer_pieces(self, index: int) -> dict[str, Piece]:
+        """Return the tensors of layer `index` as bytes, by their names inside the layer."""
+        return prefixed(self.pieces, f"layers.{index}.")
+
     def layer_digest(self, index: int) -> str:
         """Return one digest over the tensors of layer `index`, comparable with `Checkpoint.layer_digest`."""
-        return combine_digests({name: tensor_digest(tensor) for name, tensor in self.layer(index).items()})
+        return combine_digests(digest_pieces(self.layer_pieces(index)))
 
     def config(self) -> PreTrainedConfig:
         """Return the donor's configuration as transformers loads it.
@@ -124,47 +157,58 @@ def dtype_name(tensors: Mapping[str, torch.Tensor]) -> str:
     return names.pop() if len(names) == 1 else "mixed"
 
 
-def write_organ(organ: Organ, path: Path, *, overwrite: bool = False) -> Organ:
-    """Write an organ file; see `Organ.save`."""
-    from safetensors.torch import save_file
+def pieces_of(tensors: Mapping[str, torch.Tensor]) -> Mapping[str, Piece]:
+    """Return tensors as bytes: what each is, and where its bytes are."""
+    if isinstance(tensors, LazyTensors):
+        return tensors.pieces
+    return {name: held(tensor) for name, tensor in tensors.items()}
 
+
+def pieces_dtype(pieces: Mapping[str, Piece]) -> str:
+    """Return the dtype of some tensors, as `dtype_name` does; that of packed ones if all are packed."""
+    names = {torch_name(piece.dtype) for piece in pieces.values() if piece.is_float}
+    names = names or {torch_name(piece.dtype) for piece in pieces.values()}
+    return names.pop() if len(names) == 1 else "mixed"
+
+
+def write_organ(organ: Organ, path: Path, *, overwrite: bool = False) -> Organ:
+    """Write an organ file; see `Organ.save`.
+
+    The bytes are read twice: the header, which stands in front of them, holds their digests.
+    """
     if path.suffix != ".safetensors":
         raise UsageError(f"an organ file's name ends in .safetensors, and {path} does not.")
-    refuse_not_finite(organ.tensors, organ.name)
-    tensors = {name: tensor.contiguous().clone() for name, tensor in organ.tensors.items()}
-    manifest = organ.manifest.model_copy(
-        update={
-            "schema_version": SCHEMA_VERSION,  # what was read from an older file may have gained what that lacks
-            "tensors_digest": tensors_digest(tensors),
-            "file_digest": UNSEALED,
-        }
-    )
+    pieces = in_file_order(organ.pieces)
+    digests = digest_pieces(pieces, finite_in=organ.name)
+    update = {
+        "schema_version": SCHEMA_VERSION,  # what was read from an older file may have gained what that lacks
+        "tensors_digest": combine_digests(digests),
+        "file_digest": UNSEALED,
+    }
+    manifest = organ.manifest.model_copy(update=update)
+    header = header_of(pieces, {METADATA_KEY: manifest.model_dump_json()})
+    whole = hashlib.sha256(header)
     with atomic_file(path, overwrite=overwrite) as temporary:
-        require_space(path.parent, sum(tensor.nbytes for tensor in tensors.values()) + (1 << 20))
-        save_file(tensors, temporary, metadata={METADATA_KEY: manifest.model_dump_json()})
-        digest = _seal(temporary)
-    return Organ(manifest.model_copy(update={"file_digest": digest}), tensors, path)
+        require_space(path.parent, len(header) + bytes_of(pieces.values()))
+        with FileWriter(temporary, len(header) + bytes_of(pieces.values())) as writer:
+            writer.write(header)
+            writer.copy([(piece.source, whole) for piece in pieces.values()])
+        _seal(temporary, header, whole.hexdigest())
+        written, _ = parse_header(json.loads(header[8:]), path, len(header), temporary.stat().st_size)
+    manifest = manifest.model_copy(update={"file_digest": whole.hexdigest()})
+    return Organ(manifest, LazyTensors(written) if isinstance(organ.tensors, LazyTensors) else organ.tensors, path)
 
 
-def _seal(path: Path) -> str:
+def _seal(path: Path, header: bytes, digest: str) -> None:
     """Write the digest of the file into its own header, in place of 64 zeros."""
+    found = [match for match in _DIGEST_FIELD.finditer(header) if match[1] == UNSEALED.encode()]
     with path.open("r+b") as stream:
-        header = stream.read(_header_bytes(path) + 8)
-        found = [match for match in _DIGEST_FIELD.finditer(header) if match[1] == UNSEALED.encode()]
-        stream.seek(0)
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
         stream.seek(found[-1].start(1))
         stream.write(digest.encode())
-    return digest
-
-
-def _header_bytes(path: Path) -> int:
-    with path.open("rb") as stream:
-        return int.from_bytes(stream.read(8), "little")
 
 
 def read_organ(path: str | Path) -> Organ:
-    """Read an organ file, trusting nothing: sizes, schema, digests and values are checked.
+    """Read an organ file into memory, trusting nothing: sizes, schema, digests and values are checked.
 
     Raises:
         OrganFileError: The file is missing, no organ, truncated, altered in any byte, from a newer schema, or holds NaN
@@ -173,18 +217,27 @@ def read_organ(path: str | Path) -> Organ:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = Path(path)
-    manifest = read_manifest(path)
+    organ = open_organ(path)
     try:
-        tensors = load_file(path)
+        return Organ(organ.manifest, load_file(Path(path)), organ.path)
     except (OSError, SafetensorError) as error:
         raise OrganFileError(f"{path} can't be read as a safetensors file: {error}.") from error
-    if tensors_digest(tensors) != manifest.tensors_digest:
+
+
+def open_organ(path: str | Path) -> Organ:
+    """Check an organ file as `read_organ` does, and leave its tensors where they are until they are asked for.
+
+    Raises:
+        OrganFileError: See `read_organ`.
+    """
+    path = Path(path)
+    manifest, pieces = _read_front(path)
+    _verify_file_digest(path, manifest.file_digest)
+    if combine_digests(digest_pieces(pieces, finite_in=str(path))) != manifest.tensors_digest:
         raise OrganFileError(
             f"the tensors in {path} do not have the digest that its manifest gives; the file was altered."
         )
-    refuse_not_finite(tensors, str(path))
-    return Organ(manifest, tensors, path)
+    return Organ(manifest, LazyTensors(pieces), path)
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -194,17 +247,26 @@ def read_manifest(path: str | Path) -> Manifest:
         OrganFileError: See `read_organ`.
     """
     path = Path(path)
-    header = _read_header(path)
-    text = header.get("__metadata__", {}).get(METADATA_KEY)
-    if not isinstance(text, str):
-        raise OrganFileError(f"{path} is a safetensors file but no organ: its header has no {METADATA_KEY} manifest.")
-    manifest = parse_manifest(text, path)
+    manifest, _ = _read_front(path)
     _verify_file_digest(path, manifest.file_digest)
     return manifest
 
 
-def _read_header(path: Path) -> dict[str, Any]:
-    """Return the safetensors header as JSON, after checking the sizes that it claims against the file's."""
+def _read_front(path: Path) -> tuple[Manifest, dict[str, Piece]]:
+    """Return the manifest and the places of the tensors, after checking the sizes that the header claims."""
+    header, length = _read_header(path)
+    text = header.get("__metadata__", {}).get(METADATA_KEY)
+    if not isinstance(text, str):
+        raise OrganFileError(f"{path} is a safetensors file but no organ: its header has no {METADATA_KEY} manifest.")
+    manifest = parse_manifest(text, path)
+    try:
+        return manifest, parse_header(header, path, 8 + length, path.stat().st_size)[0]
+    except (ModelError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise OrganFileError(f"{path} is no safetensors file, or its header was altered: {error}") from error
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Return the safetensors header as JSON, and its length."""
     if path.is_dir():
         raise OrganFileError(f"{path} is a directory; an organ is one .safetensors file.")
     if not path.is_file():
@@ -213,7 +275,7 @@ def _read_header(path: Path) -> dict[str, Any]:
     with path.open("rb") as stream:
         start = stream.read(8)
         length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+        if len(start) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             _refuse_pickle(path, start)
             raise OrganFileError(
                 f"{path} is truncated or no safetensors file: its header would be {length} bytes long, the file has "
@@ -233,7 +295,7 @@ def _read_header(path: Path) -> dict[str, Any]:
             f"{path} is {'truncated' if size < expected else 'too long'}: it has {size} bytes and its header "
             f"describes {expected}."
         )
-    return dict(header)
+    return dict(header), length
 
 
 def _refuse_pickle(path: Path, start: bytes) -> None:
@@ -276,7 +338,8 @@ def _verify_file_digest(path: Path, digest: str) -> None:
     """Compare the digest in the header with that of the file whose digest field is written as zeros."""
     whole = hashlib.sha256()
     with path.open("rb") as stream:
-        header = stream.read(8 + _header_bytes(path))
+        length = stream.read(8)
+        header = length + stream.read(int.from_bytes(length, "little"))
         matches = [match for match in _DIGEST_FIELD.finditer(header) if match[1] == digest.encode()]
         if matches:
             start = matches[-1].start(1)
@@ -288,15 +351,3 @@ def _verify_file_digest(path: Path, digest: str) -> None:
         raise OrganFileError(
             f"{path} was altered or damaged: its bytes do not have the digest that its manifest gives."
         )
-
-
-def refuse_not_finite(tensors: Mapping[str, torch.Tensor], name: str) -> None:
-    """Refuse tensors with NaN or infinite values.
-
-    Raises:
-        OrganFileError: Names the first such tensor and how many of its values are not finite.
-    """
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.element_size() > 1 and not tensor.isfinite().all():
-            bad = int((~tensor.isfinite()).sum())
-            raise OrganFileError(f"{name}: the tensor {key} has {bad} values that are NaN or infinite.")

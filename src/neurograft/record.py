@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
@@ -15,21 +14,18 @@ from neurograft.errors import ModelError
 from neurograft.files import (
     combine_digests,
     file_sha256,
-    tensor_digest,
 )
 from neurograft.manifest import (
     RECORD_FILE,
     SCHEMA_VERSION,
-    Mode,
     Operation,
     Origin,
     SurgicalRecord,
+    Verify,
 )
+from neurograft.model_files import Written
 from neurograft.organ import Organ, now
-from neurograft.planning import Plan
-
-if TYPE_CHECKING:
-    import torch
+from neurograft.steps import Step
 
 EXPLANT_FOLDER = "explants"
 
@@ -61,45 +57,47 @@ def read_record(directory: Path) -> SurgicalRecord | None:
 def make_record(
     organ: Organ,
     checkpoint: Checkpoint,
-    plan: Plan,
+    steps: Sequence[Step],
     at: int,
-    mode: Mode,
-    tensors: Mapping[str, torch.Tensor],
+    written: Written,
+    original: Mapping[str, str | None],
     target: Path,
     explant: str | None,
+    verified: Verify,
 ) -> SurgicalRecord:
-    """Describe a transplant whose `config.json` is written already.
+    """Describe a transplant whose files are written already.
 
     Args:
         organ: What was put in.
         checkpoint: The recipient.
-        plan: Where each layer of the result comes from.
+        steps: Where each layer of the result comes from.
         at: Position.
-        mode: `replace` or `insert`.
-        tensors: The result's, by their names on disk.
+        written: The result's files.
+        original: The recipient's tensors, by their names on disk there, and their digests where they are known.
         target: The result's folder.
         explant: The path of what was taken out, relative to `target`.
+        verified: How the result is checked.
     """
     previous = read_record(checkpoint.directory.path)
-    digests = checkpoint.digests()
-    before = list(previous.layers) if previous else _original_layers(checkpoint, digests)
+    before = list(previous.layers) if previous else _original_layers(checkpoint, original)
     name = unique_name(organ.name, checkpoint)
-    new = {key: tensor_digest(tensor) for key, tensor in tensors.items()}
+    prefix = checkpoint.layer_prefix
     layers = [
         before[step.layer]
         if step.source == "recipient"
-        else Origin(organ=name, layer=step.layer, digest=layer_digest(new, checkpoint.layer_prefix, position))
-        for position, step in enumerate(plan.steps)
+        else Origin(organ=name, layer=step.layer, digest=layer_digest(written.digests, prefix, position))
+        for position, step in enumerate(steps)
     ]
     operation = Operation(
         organ=name,
         organ_version=organ.manifest.version,
         organ_file_digest=organ.manifest.file_digest,
-        mode=mode,
+        mode="replace" if explant else "insert",
         position=at,
         explant=explant,
         explant_origins=before[at : at + organ.layer_count] if explant else [],
         manifest=organ.manifest,
+        verified=verified,
         when=now(),
     )
     return SurgicalRecord(
@@ -108,27 +106,34 @@ def make_record(
         original_config=previous.original_config
         if previous
         else (checkpoint.directory.path / "config.json").read_text(encoding="utf-8"),
-        original_tensors_digest=previous.original_tensors_digest if previous else combine_digests(digests),
+        original_tensors_digest=previous.original_tensors_digest if previous else combine_known(original),
         original_config_digest=previous.original_config_digest if previous else checkpoint.config_digest(),
-        tensors_digest=combine_digests(new),
+        tensors_digest=combine_known(written.digests),
         config_digest=file_sha256(target / "config.json"),
         layers=layers,
         operations=[*(previous.operations if previous else []), operation],
         recoveries=previous.recoveries if previous else [],
+        linked=written.linked,
     )
 
 
-def _original_layers(checkpoint: Checkpoint, digests: Mapping[str, str]) -> list[Origin]:
+def _original_layers(checkpoint: Checkpoint, digests: Mapping[str, str | None]) -> list[Origin]:
     return [
         Origin(organ=None, layer=layer, digest=layer_digest(digests, checkpoint.layer_prefix, layer))
         for layer in range(checkpoint.layer_count)
     ]
 
 
-def layer_digest(digests: Mapping[str, str], prefix: str, layer: int) -> str:
-    """Combine the digests of one layer's tensors, by their names inside the layer."""
+def combine_known(digests: Mapping[str, str | None]) -> str | None:
+    """Combine named digests; `None` if one of them is not known."""
+    known = {name: digest for name, digest in digests.items() if digest is not None}
+    return combine_digests(known) if len(known) == len(digests) else None
+
+
+def layer_digest(digests: Mapping[str, str | None], prefix: str, layer: int) -> str | None:
+    """Combine the digests of one layer's tensors, by their names inside the layer; `None` if one is not known."""
     start = f"{prefix}{layer}."
-    return combine_digests(
+    return combine_known(
         {name.removeprefix(start): digest for name, digest in digests.items() if name.startswith(start)}
     )
 

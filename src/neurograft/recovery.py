@@ -18,7 +18,6 @@ from neurograft.anatomy import describe
 from neurograft.errors import ModelError, UsageError
 from neurograft.evaluation import DataSetResult
 from neurograft.files import atomic_directory, check_output_directory, check_output_file
-from neurograft.layer_weights import expected_tensors
 from neurograft.manifest import Evaluation, Recovery, Scope, SurgicalRecord, Training, Unfreeze
 from neurograft.models import ModelDirectory, load_model_and_unused, load_tokenizer, resolve
 from neurograft.organ import now
@@ -134,7 +133,7 @@ def recover(
     with atomic_directory(output, overwrite=overwrite) as temporary:
         log.info("writing %s", output)
         written = ModelDirectory(temporary, output.name)
-        changed, digests = write_recovered(case, model, plan, answers, temporary, trust_remote_code)
+        changed, digests = write_recovered(case, model, plan, answers, temporary)
         log.info("loading the result to verify it")
         take_over_written(model, case, plan, written, unused, trust_remote_code)
         recovery = Recovery(
@@ -184,7 +183,8 @@ def _plan(case: Transplanted, scope: Scope, neighbours: int | None, unfreeze: Un
 
     Raises:
         UsageError: The choices do not go together, or some organ could not be removed afterwards.
-        ModelError: A layer's tensors have other names on disk than transformers gives them today.
+        ModelError: The layers are quantised, or a layer's tensors have other names on disk than transformers gives them
+            today.
     """
     layers, checkpoint = case.record.layers, case.checkpoint
     plan = plan_recovery(case.own, len(layers), organ=case.name, scope=scope, neighbours=neighbours, unfreeze=unfreeze)
@@ -192,8 +192,13 @@ def _plan(case: Transplanted, scope: Scope, neighbours: int | None, unfreeze: Un
         raise UsageError(f"other layers stand between those of {case.name}, so it can't be saved as one organ.")
     refuse_entangled(case.record, case.name, [layers[number] for number in plan.layers])
     for number in plan.layers:
-        expected = expected_tensors(checkpoint.config, range(number, number + 1))
-        if {name.split(".", 2)[2] for name in expected} != set(checkpoint.layer_names(number)):
+        layout = checkpoint.study.layout(number)
+        if layout is None:
+            raise ModelError(
+                f"the layers of {checkpoint.directory.name} are quantised ({checkpoint.packing}), and packed layers "
+                "can't be trained; recover in a recipient with plain weights."
+            )
+        if set(layout) != set(checkpoint.layer_names(number)):
             raise ModelError(
                 f"the tensors of layer {number} of {checkpoint.directory.name} have other names than transformers "
                 "writes today, so a trained layer could not take their place; load the recipient with transformers and "

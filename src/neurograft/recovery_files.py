@@ -12,13 +12,16 @@ from neurograft.anatomy import describe
 from neurograft.checkpoint import Checkpoint, open_checkpoint
 from neurograft.errors import VerificationError
 from neurograft.extraction import organ_from_checkpoint
-from neurograft.files import combine_digests, tensor_digest
+from neurograft.files import combine_digests
 from neurograft.layer_weights import to_disk
 from neurograft.manifest import RECORD_FILE, SCHEMA_VERSION, ChangedLayer, Recovery, SurgicalRecord
-from neurograft.model_files import write_files
+from neurograft.model_files import Written, plan_files, write_model
 from neurograft.models import ModelDirectory, load_model_and_unused
+from neurograft.number_formats import held, load_piece
 from neurograft.organ import Organ, clean_name
 from neurograft.record import EXPLANT_FOLDER, layer_digest
+from neurograft.steps import Step
+from neurograft.tensor_files import Piece, torch_name
 from neurograft.training.recovery import RecoveryPlan
 from neurograft.transplanted import Transplanted
 
@@ -33,7 +36,6 @@ def write_recovered(
     plan: RecoveryPlan,
     answers: torch.Tensor,
     target: Path,
-    trust_remote_code: bool,
 ) -> tuple[list[ChangedLayer], dict[str, str]]:
     """Write the model and its explants into the folder `target`; the record is still missing then.
 
@@ -43,35 +45,34 @@ def write_recovered(
         plan: What trained.
         answers: (L, T, S) of the layers as they were before, to the probe.
         target: An empty folder.
-        trust_remote_code: See `neurograft.models.resolve`.
 
     Returns:
         The layers that are not as they were, and tensor name -> digest for the whole model.
 
     Raises:
-        VerificationError: Something that was not to train did.
+        VerificationError: Something that was not to train did, or the model's files were changed meanwhile.
     """
     checkpoint = case.checkpoint
-    new = {number: _changed_tensors(model, checkpoint, number) for number in plan.layers}
+    new = {number: _changed_pieces(model, checkpoint, number) for number in plan.layers}
     _refuse_other_changes(new, plan)
-    digests = dict(case.digests)
-    digests.update({name: tensor_digest(tensor) for tensors in new.values() for name, tensor in tensors.items()})
-    tensors = checkpoint.load(list(checkpoint.files)) | {n: t for tensors in new.values() for n, t in tensors.items()}
     config = (checkpoint.directory.path / "config.json").read_text(encoding="utf-8")
-    write_files(checkpoint, tensors, config, target)
+    written = write_model(checkpoint, plan_files(checkpoint, *_trained_layers(checkpoint, new)), config, target)
+    digests = _refuse_changed_meanwhile(case, new, written)
     if (checkpoint.directory.path / EXPLANT_FOLDER).is_dir():
         shutil.copytree(checkpoint.directory.path / EXPLANT_FOLDER, target / EXPLANT_FOLDER)
     numbers = [number for number in plan.layers if new[number]]
     outside = [number for number in numbers if number not in case.own]
-    explants = _write_explants(case, outside, answers, target, trust_remote_code)
+    explants = _write_explants(case, outside, answers, target)
     changed = []
     for number in numbers:
         path, layer = explants.get(number, (None, 0))
+        digest = layer_digest(digests, checkpoint.layer_prefix, number)
+        assert digest is not None
         changed.append(
             ChangedLayer(
                 origin=case.record.layers[number],
-                digest=layer_digest(digests, checkpoint.layer_prefix, number),
-                tensors=sorted(place[1] for name in new[number] if (place := checkpoint.layer_of(name))),
+                digest=digest,
+                tensors=sorted(new[number]),
                 explant=path,
                 explant_layer=layer,
             )
@@ -79,24 +80,63 @@ def write_recovered(
     return changed, digests
 
 
-def _changed_tensors(model: PreTrainedModel, checkpoint: Checkpoint, number: int) -> dict[str, torch.Tensor]:
-    """Return the tensors of one layer that differ from those on disk, with the names and dtypes of the latter."""
+def _changed_pieces(model: PreTrainedModel, checkpoint: Checkpoint, number: int) -> dict[str, Piece]:
+    """Return the tensors of one layer that differ from those on disk, by their names inside it, as the files have them.
+
+    What is the same stays bytes in the files; only what was trained is held in memory.
+    """
     import torch
 
-    names = checkpoint.layer_names(number)
-    old = checkpoint.load(list(names.values()))
+    old = checkpoint.layer_pieces(number)
     changed = {}
     for key, tensor in to_disk(model, range(number, number + 1)).items():
-        name = names[key.split(".", 2)[2]]
-        rounded = tensor.to("cpu", old[name].dtype)
-        if not torch.equal(rounded, old[name]):
-            changed[name] = rounded.clone()
+        inner = key.split(".", 2)[2]
+        stored = load_piece(old[inner])
+        rounded = tensor.to("cpu", stored.dtype)
+        if not torch.equal(rounded, stored):
+            changed[inner] = held(rounded.clone())
     return changed
 
 
-def _refuse_other_changes(new: Mapping[int, Mapping[str, torch.Tensor]], plan: RecoveryPlan) -> None:
+def _trained_layers(
+    checkpoint: Checkpoint, new: Mapping[int, Mapping[str, Piece]]
+) -> tuple[tuple[Step, ...], dict[str, Piece]]:
+    """Return where each layer of the recovered model comes from, and the layers that changed, as those of an organ."""
+    changed = [number for number in sorted(new) if new[number]]
+    steps = tuple(
+        Step("organ", changed.index(number)) if number in changed else Step("recipient", number)
+        for number in range(checkpoint.layer_count)
+    )
+    pieces = {
+        f"layers.{place}.{inner}": new[number].get(inner, piece)
+        for place, number in enumerate(changed)
+        for inner, piece in checkpoint.layer_pieces(number).items()
+    }
+    return steps, pieces
+
+
+def _refuse_changed_meanwhile(
+    case: Transplanted, new: Mapping[int, Mapping[str, Piece]], written: Written
+) -> dict[str, str]:
+    """Return the digests of what was written, after checking that all that did not train is as it was.
+
+    Raises:
+        VerificationError: The model's files were changed while recovery ran.
+    """
+    trained = {case.checkpoint.layer_names(number)[inner] for number in new for inner in new[number]}
+    digests = {name: digest for name, digest in written.digests.items() if digest is not None}
+    if {n: d for n, d in digests.items() if n not in trained} != {
+        n: d for n, d in case.digests.items() if n not in trained
+    }:
+        raise VerificationError(
+            f"the files of {case.checkpoint.directory.path} were changed while recovery ran; the result was not kept."
+        )
+    return digests
+
+
+def _refuse_other_changes(new: Mapping[int, Mapping[str, Piece]], plan: RecoveryPlan) -> None:
     """Check that at the seams only vectors changed; other scopes train whole layers."""
-    matrices = [name for tensors in new.values() for name, tensor in tensors.items() if tensor.dim() > 1]
+    matrices = [name for pieces in new.values() for name, piece in pieces.items() if len(piece.shape) > 1]
     if plan.scope == "seams" and matrices:
         raise VerificationError(
             f"the tensor {matrices[0]} changed, although only vectors were to train at the seams; nothing was written."
@@ -104,7 +144,7 @@ def _refuse_other_changes(new: Mapping[int, Mapping[str, torch.Tensor]], plan: R
 
 
 def _write_explants(
-    case: Transplanted, numbers: Sequence[int], answers: torch.Tensor, target: Path, trust_remote_code: bool
+    case: Transplanted, numbers: Sequence[int], answers: torch.Tensor, target: Path
 ) -> dict[int, tuple[str, int]]:
     """Save layers as they were before, a file for each run of them; return layer -> (path, number in the file)."""
     places: dict[int, tuple[str, int]] = {}
@@ -113,12 +153,11 @@ def _write_explants(
         explant = organ_from_checkpoint(
             case.checkpoint,
             run,
-            answers,
+            answers=answers,
             dtype="float32",
             name=name,
             description=f"what stood beside {case.name} before recovery",
             kind="explant",
-            trust_remote_code=trust_remote_code,
         )
         (target / EXPLANT_FOLDER).mkdir(exist_ok=True)
         path = f"{EXPLANT_FOLDER}/{name}.safetensors"
@@ -192,8 +231,8 @@ def _rounding(checkpoint: Checkpoint, layers: Sequence[int]) -> tuple[float, flo
     """Return how far the files round values at most, relative and absolute: not at all in float32."""
     import torch
 
-    names = [name for number in layers for name in checkpoint.layer_names(number).values()]
-    dtypes = {tensor.dtype for _, tensor in checkpoint.tensors(names) if tensor.is_floating_point()}
+    pieces = [piece for number in layers for piece in checkpoint.layer_pieces(number).values() if piece.is_float]
+    dtypes = {getattr(torch, torch_name(piece.dtype)) for piece in pieces}
     narrow = [torch.finfo(dtype) for dtype in dtypes - {torch.float32, torch.float64}]
     rtol = max((info.eps for info in narrow), default=0.0)
     return rtol, max((info.tiny for info in narrow), default=0.0)
@@ -238,13 +277,12 @@ def recovered_organ(
     organ = organ_from_checkpoint(
         open_checkpoint(written, trust_remote_code=trust_remote_code),
         range(case.own[0], case.own[-1] + 1),
-        answers,
+        answers=answers,
         dtype="float32",
         name=clean_name(f"{case.name.removesuffix('-recovered')[:86]}-recovered"),
         version=case.operation.organ_version,
         license=before.license if before else None,
         description=before.description if before else None,
-        trust_remote_code=trust_remote_code,
     )
     own = [recovery for recovery in record.recoveries if recovery.organ == case.name]
     update = {

@@ -4,41 +4,37 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
 from neurograft import __version__
-from neurograft.anatomy import LayerOrigin, layer_origins
+from neurograft.byte_moves import Link
 from neurograft.checkpoint import Checkpoint, open_checkpoint
 from neurograft.errors import ModelError, OrganFileError, VerificationError
 from neurograft.files import (
     atomic_directory,
     check_output_directory,
-    combine_digests,
     file_sha256,
-    tensor_digest,
 )
-from neurograft.layer_values import Row
 from neurograft.manifest import (
     RECORD_FILE,
     SCHEMA_VERSION,
     Digest,
+    Manifest,
     Operation,
     Origin,
     SurgicalRecord,
 )
-from neurograft.model_files import planned_tensors, write_files, write_model
-from neurograft.models import (
-    ModelDirectory,
-    resolve,
-)
-from neurograft.organ import read_organ
-from neurograft.planning import Step, make_plan, organ_origins
-from neurograft.record import EXPLANT_FOLDER, layer_digest, read_record
+from neurograft.model_files import Written, plan_files, seal_of, write_model
+from neurograft.models import resolve
+from neurograft.organ import open_organ
+from neurograft.record import EXPLANT_FOLDER, combine_known, layer_digest, read_record
+from neurograft.steps import Step
+from neurograft.studies import study_order, studying
+from neurograft.tensor_files import Piece
 from neurograft.undoing import (
     ExplantLayer,
     OldLayer,
@@ -48,9 +44,6 @@ from neurograft.undoing import (
     layers_without,
     recoveries_without,
 )
-
-if TYPE_CHECKING:
-    import torch
 
 log = logging.getLogger("neurograft")
 
@@ -63,45 +56,46 @@ class Removal(BaseModel):
     output: str
     original_restored: bool
     """Whether this was the last organ, so that the directory holds the original recipient again."""
-    tensors_digest: Digest
+    tensors_digest: Digest | None
+    """`None` where files were linked at the transplant and never read."""
     config_digest: Digest
     expected_tensors_digest: Digest | None
     """The original's, from the surgical record; `None` while other organs are left."""
     expected_config_digest: Digest | None
     organs_left: list[str]
+    linked: list[str]
+    """Files that the transplant linked and did not read, so that no digest can be compared; their size and the time of
+    their last change are as they were then."""
 
 
 @dataclass(frozen=True)
 class _Explanted:
-    """Layers out of several explants, numbered as if they were one organ's."""
+    """Layers out of several explants, numbered as if they were one organ's; their bytes stay where they are."""
 
     numbers: dict[ExplantLayer, int]
-    tensors: dict[str, torch.Tensor]
+    pieces: dict[str, Piece]
     """`layers.{number}.{name}` -> tensor."""
-    rows: list[Row]
-    """Their per-layer configuration values."""
-    known: list[LayerOrigin]
+    places: list[tuple[Manifest, int]]
+    """For each layer the manifest of its explant, and its number there."""
 
     @classmethod
-    def read(cls, folder: Path, layers: Sequence[OldLayer]) -> _Explanted:
-        """Read the explants, relative to `folder`, that some layers of the model without an organ come from.
+    def open(cls, folder: Path, layers: Sequence[OldLayer]) -> _Explanted:
+        """Open the explants, relative to `folder`, that some layers of the model without an organ come from.
 
         Raises:
             OrganFileError: One is missing, altered, or lacks a layer.
         """
         wanted = [layer.source for layer in layers if isinstance(layer.source, ExplantLayer)]
-        organs = {path: read_organ(folder / path) for path in dict.fromkeys(source.path for source in wanted)}
-        known = {path: organ_origins(organ) for path, organ in organs.items()}
-        read = cls({}, {}, [], [])
+        organs = {path: open_organ(folder / path) for path in dict.fromkeys(source.path for source in wanted)}
+        opened = cls({}, {}, [])
         for number, source in enumerate(wanted):
             organ = organs[source.path]
             if source.layer >= organ.layer_count:
                 raise OrganFileError(f"{folder / source.path} has {organ.layer_count} layers, and one more is needed.")
-            read.numbers[source] = number
-            read.tensors.update({f"layers.{number}.{n}": t for n, t in organ.layer(source.layer).items()})
-            read.rows.append(organ.manifest.anatomy.layer_values[source.layer])
-            read.known.append(known[source.path][source.layer])
-        return read
+            opened.numbers[source] = number
+            opened.pieces.update({f"layers.{number}.{n}": p for n, p in organ.layer_pieces(source.layer).items()})
+            opened.places.append((organ.manifest, source.layer))
+        return opened
 
     def steps(self, layers: Sequence[OldLayer]) -> tuple[Step, ...]:
         """Say where each layer of the model without the organ comes from."""
@@ -118,6 +112,7 @@ def remove(
     *,
     organ: str | None = None,
     output: str | Path,
+    link: Link = "auto",
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> Removal:
@@ -127,6 +122,7 @@ def remove(
         directory: A directory that `transplant` or `recover` wrote.
         organ: Which organ, by name; may be left out where there is only one.
         output: Directory to write.
+        link: What happens to files that stay as they are; see `transplant`.
         overwrite: Whether an existing model directory may be replaced.
         trust_remote_code: See `neurograft.models.resolve`.
 
@@ -134,6 +130,7 @@ def remove(
         UsageError: No such organ, several and none named, another has to go first, or `output` exists or overlaps the
             input.
         ModelError: The directory holds no transplanted model.
+        OrganFileError: An explant is missing or altered.
         VerificationError: The result is not the original's to the bit, because the model was changed since; nothing was
             written.
     """
@@ -143,96 +140,125 @@ def remove(
     if record is None:
         raise ModelError(f"{source.path} has no {RECORD_FILE}: no organ was put into it by neurograft.")
     operation = choose_operation(record, organ)
-    checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
-    if checkpoint.layer_count != len(record.layers):
-        raise ModelError(
-            f"{source.path} has {checkpoint.layer_count} layers and its {RECORD_FILE} describes {len(record.layers)}."
-        )
-    old = layers_without(record, operation)
-    explanted = _Explanted.read(source.path, old)
-    steps, origins = explanted.steps(old), [layer.origin for layer in old]
-    tensors = planned_tensors(checkpoint, steps, explanted.tensors)
-    digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
-    left = [other for other in record.operations if other is not operation]
-    _prove_layers(digests, checkpoint.layer_prefix, origins, operation.organ)
-    if not left and combine_digests(digests) != record.original_tensors_digest:
-        raise VerificationError(
-            f"without {operation.organ} the tensors of {source.path} are not the original's: tensors outside the "
-            f"layers were changed since "
-            "the transplant; nothing was written."
-        )
-    with atomic_directory(output, overwrite=overwrite) as temporary:
-        log.info("writing %s", output)
-        _write_removed(checkpoint, record, operation, left, steps, explanted, tensors, origins, digests, temporary)
-        log.info("reading the result back to prove it")
-        return _prove(record, operation, left, temporary, output, trust_remote_code)
-
-
-def _prove_layers(digests: Mapping[str, str], prefix: str, origins: Sequence[Origin], organ: str) -> None:
-    for position, origin in enumerate(origins):
-        if layer_digest(digests, prefix, position) != origin.digest:
-            raise VerificationError(
-                f"{label_of(origin)} was changed since the transplant, so removing {organ} would not restore it; "
-                "nothing was written."
+    with studying():
+        checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
+        if checkpoint.layer_count != len(record.layers):
+            raise ModelError(
+                f"{source.path} has {checkpoint.layer_count} layers and its {RECORD_FILE} describes "
+                f"{len(record.layers)}."
             )
+        old = layers_without(record, operation)
+        explanted = _Explanted.open(source.path, old)
+        excision = _Excision(checkpoint, record, operation, old, explanted, link, trust_remote_code)
+        return excision.write(output, overwrite=overwrite)
 
 
-def _write_removed(
-    checkpoint: Checkpoint,
-    record: SurgicalRecord,
-    operation: Operation,
-    left: list[Operation],
-    steps: tuple[Step, ...],
-    explanted: _Explanted,
-    tensors: Mapping[str, torch.Tensor],
-    origins: list[Origin],
-    digests: Mapping[str, str],
-    target: Path,
-) -> None:
-    if not left:
-        write_files(checkpoint, tensors, record.original_config, target)
-        return
-    rows = {"recipient": checkpoint.rows, "organ": explanted.rows}
-    known = {"recipient": layer_origins(checkpoint.skeleton, "the model"), "organ": explanted.known}
-    write_model(checkpoint, make_plan(checkpoint.skeleton, steps, rows, known), tensors, target)
-    (target / EXPLANT_FOLDER).mkdir()
-    recoveries = recoveries_without(record, operation.organ)
-    for path in explants_of(left, recoveries):
-        shutil.copyfile(checkpoint.directory.path / path, target / path)
-    update = {
-        "schema_version": SCHEMA_VERSION,
-        "layers": origins,
-        "operations": left,
-        "recoveries": recoveries,
-        "tensors_digest": combine_digests(digests),
-        "config_digest": file_sha256(target / "config.json"),
-        "neurograft_version": __version__,
-    }
-    (target / RECORD_FILE).write_text(
-        record.model_copy(update=update).model_dump_json(indent=2) + "\n", encoding="utf-8"
-    )
+@dataclass(frozen=True)
+class _Excision:
+    """A removal that was found possible."""
 
+    checkpoint: Checkpoint
+    record: SurgicalRecord
+    operation: Operation
+    old: Sequence[OldLayer]
+    """What each layer of the model without the organ is."""
+    explanted: _Explanted
+    link: Link
+    trust_remote_code: bool
 
-def _prove(
-    record: SurgicalRecord,
-    operation: Operation,
-    left: list[Operation],
-    written: Path,
-    output: Path,
-    trust_remote_code: bool,
-) -> Removal:
-    """Digest what was written, as read back from disk, and compare it with the record."""
-    checkpoint = open_checkpoint(ModelDirectory(written, output.name), trust_remote_code=trust_remote_code)
-    tensors, config = combine_digests(checkpoint.digests()), checkpoint.config_digest()
-    if not left and (tensors, config) != (record.original_tensors_digest, record.original_config_digest):
-        raise VerificationError(f"what was written for {output} does not have the original's digests; it was not kept.")
-    return Removal(
-        organ=operation.organ,
-        output=str(output),
-        original_restored=not left,
-        tensors_digest=tensors,
-        config_digest=config,
-        expected_tensors_digest=record.original_tensors_digest if not left else None,
-        expected_config_digest=record.original_config_digest if not left else None,
-        organs_left=[other.organ for other in left],
-    )
+    @property
+    def left(self) -> list[Operation]:
+        """The transplants that stay."""
+        return [other for other in self.record.operations if other is not self.operation]
+
+    def write(self, output: Path, *, overwrite: bool) -> Removal:
+        """Write the model without the organ, prove what it is, and give it its name."""
+        steps, origins = self.explanted.steps(self.old), [layer.origin for layer in self.old]
+        self._refuse_changed_links()
+        files = plan_files(self.checkpoint, steps, self.explanted.pieces)
+        config = self.record.original_config if not self.left else self._config(steps)
+        with atomic_directory(output, overwrite=overwrite) as temporary:
+            log.info("writing %s", output)
+            # Only what has a digest in the record can be compared, and only that need be read where it is linked.
+            read = self.record.original_tensors_digest is not None
+            written = write_model(self.checkpoint, files, config, temporary, link=self.link, read_linked=read)
+            self._prove_layers(written, origins)
+            if self.left:
+                self._write_rest(written, origins, temporary)
+            return self._prove(written, temporary, output)
+
+    def _config(self, steps: Sequence[Step]) -> str:
+        directory, places = self.checkpoint.directory, self.explanted.places
+        return study_order(directory, steps, places, trust_remote_code=self.trust_remote_code).config
+
+    def _prove_layers(self, written: Written, origins: Sequence[Origin]) -> None:
+        """Compare every layer, as it was copied, with the digest in the record.
+
+        Raises:
+            VerificationError: A layer was changed since the transplant.
+        """
+        prefix = self.checkpoint.layer_prefix
+        for position, origin in enumerate(origins):
+            digest = layer_digest(written.digests, prefix, position)
+            if None not in (digest, origin.digest) and digest != origin.digest:
+                raise VerificationError(
+                    f"{label_of(origin)} was changed since the transplant, so removing {self.operation.organ} would "
+                    f"not restore it; nothing was written."
+                )
+
+    def _write_rest(self, written: Written, origins: list[Origin], target: Path) -> None:
+        """Write what lies beside a model that still holds other organs: their explants and the record."""
+        (target / EXPLANT_FOLDER).mkdir()
+        recoveries = recoveries_without(self.record, self.operation.organ)
+        for path in explants_of(self.left, recoveries):
+            shutil.copyfile(self.checkpoint.directory.path / path, target / path)
+        update = {
+            "schema_version": SCHEMA_VERSION,
+            "layers": origins,
+            "operations": self.left,
+            "recoveries": recoveries,
+            "tensors_digest": combine_known(written.digests),
+            "config_digest": file_sha256(target / "config.json"),
+            "neurograft_version": __version__,
+            "linked": written.linked,
+        }
+        record = self.record.model_copy(update=update)
+        (target / RECORD_FILE).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    def _prove(self, written: Written, target: Path, output: Path) -> Removal:
+        """Compare the digests of what was written with those of the original.
+
+        Raises:
+            VerificationError: They differ.
+        """
+        tensors, config = combine_known(written.digests), file_sha256(target / "config.json")
+        expected = self.record.original_tensors_digest
+        if not self.left and (config != self.record.original_config_digest or None is not expected != tensors):
+            raise VerificationError(
+                f"without {self.operation.organ} the tensors of {self.checkpoint.directory.path} are not the "
+                f"original's: tensors outside the layers were changed since the transplant; nothing was written."
+            )
+        return Removal(
+            organ=self.operation.organ,
+            output=str(output),
+            original_restored=not self.left,
+            tensors_digest=tensors,
+            config_digest=config,
+            expected_tensors_digest=expected if not self.left else None,
+            expected_config_digest=self.record.original_config_digest if not self.left else None,
+            organs_left=[other.organ for other in self.left],
+            linked=sorted(self.record.linked),
+        )
+
+    def _refuse_changed_links(self) -> None:
+        """Refuse files that have no digest in the record and were written to since they were linked.
+
+        Raises:
+            VerificationError: Names the file.
+        """
+        for name, seal in self.record.linked.items():
+            if seal != seal_of(self.checkpoint.directory.path / name):
+                raise VerificationError(
+                    f"{name} was linked and not read at the transplant, and its size or time has changed since, so "
+                    f"nothing can prove that it is the original's; nothing was written."
+                )

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from neurograft.removal import Removal
     from neurograft.training.comparison_results import Comparison
 
+_VERIFIED = {
+    "written": "planned without weights, every byte that was written digested",
+    "bytes": "planned without weights, every byte digested",
+    "layers": "planned without weights, every byte digested, every layer's answers and the KV cache compared",
+}
 _COLOURS = {"blocks": "bold red", "risks": "yellow", "notes": "dim"}
 
 
@@ -111,8 +116,8 @@ def record(surgery: SurgicalRecord, output: str) -> RenderableType:
         ("done", f"{operation.mode} at position {operation.position}"),
         ("layers", str(len(surgery.layers))),
         ("taken out", operation.explant or "nothing"),
-        ("verified", "loaded with plain transformers, every layer's answers compared, KV cache compared"),
-        ("tensors digest", surgery.tensors_digest),
+        ("verified", _VERIFIED[operation.verified]),
+        ("tensors digest", surgery.tensors_digest or "not made: linked files were not read"),
     ]
     return facts(output, rows)
 
@@ -143,7 +148,7 @@ def recovery(surgery: SurgicalRecord, output: str) -> RenderableType:
     kept = {layer.explant for layer in done.changed if layer.explant}
     rows += [
         ("kept", ", ".join(sorted(kept)) or "nothing but the organ's own layers changed"),
-        ("tensors digest", surgery.tensors_digest),
+        ("tensors digest", surgery.tensors_digest or "not made: linked files were not read"),
     ]
     return facts(output, rows)
 
@@ -165,12 +170,18 @@ def removal(result: Removal) -> RenderableType:
     if result.original_restored:
         rows += [
             ("tensors", "equal to the original's, to the bit"),
-            ("", result.tensors_digest),
+            (
+                "",
+                result.tensors_digest or f"linked and not changed since: {', '.join(result.linked)}",
+            ),
             ("config.json", "equal to the original's, to the bit"),
             ("", result.config_digest),
         ]
     else:
-        rows += [("still inside", ", ".join(result.organs_left)), ("tensors digest", result.tensors_digest)]
+        rows += [
+            ("still inside", ", ".join(result.organs_left)),
+            ("tensors digest", result.tensors_digest or "not made"),
+        ]
     return facts(result.output, rows)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,8 @@ from neurograft.layer_values import changed_values
 from neurograft.layer_weights import load_layers
 from neurograft.manifest import Mode
 from neurograft.organ import Organ, read_organ
-from neurograft.planning import Plan, Step, make_plan, organ_origins, plan_graft, recommended_place
+from neurograft.planning import Plan, make_plan, organ_origins, plan_graft
+from neurograft.steps import Step, recommended_place
 
 if TYPE_CHECKING:
     import torch
@@ -300,18 +301,20 @@ def _verify_or_undo(
     """Ask all layers the probe questions again, and detach if one answers otherwise."""
     try:
         after = probe.probe_layers(model, path)
-        verify_graft(attachment.organ, plan, before, after, str(model.dtype).removeprefix("torch."))
+        verify_graft(attachment.organ, plan.steps, before, after, str(model.dtype).removeprefix("torch."))
     except BaseException:
         detach(model)
         raise
 
 
-def verify_graft(organ: Organ, plan: Plan, before: torch.Tensor, after: torch.Tensor, dtype: str) -> None:
+def verify_graft(organ: Organ, steps: Sequence[Step], before: torch.Tensor, after: torch.Tensor, dtype: str) -> None:
     """Check that every layer of a grafted model answers the probe as it did where it comes from.
+
+    The layers of an organ that was never asked, and so carries no answers, can't be compared.
 
     Args:
         organ: The organ.
-        plan: Where each layer comes from.
+        steps: Where each layer comes from.
         before: (L, T, S) answers of the recipient's layers before.
         after: (L', T, S) answers of the new model's layers.
         dtype: The dtype that both were computed in.
@@ -319,8 +322,10 @@ def verify_graft(organ: Organ, plan: Plan, before: torch.Tensor, after: torch.Te
     Raises:
         VerificationError: Names the layer.
     """
-    probe.verify_answers(organ.manifest.probe, after[plan.organ_positions], dtype, organ.name)
-    for position, step in enumerate(plan.steps):
+    if organ.manifest.probe is not None:
+        positions = [position for position, step in enumerate(steps) if step.source == "organ"]
+        probe.verify_answers(organ.manifest.probe, after[positions], dtype, organ.name)
+    for position, step in enumerate(steps):
         if step.source == "recipient":
             error = probe.relative_error(before[step.layer], after[position])
             if not error <= probe.TOLERANCE_SAME_DTYPE:

@@ -10,6 +10,7 @@ from neurograft.files import combine_digests
 from neurograft.manifest import RECORD_FILE, Operation, SurgicalRecord
 from neurograft.models import ModelDirectory
 from neurograft.record import read_record
+from neurograft.studies import studying
 from neurograft.undoing import choose_operation
 
 
@@ -31,7 +32,8 @@ class Transplanted:
 
         Raises:
             UsageError: No such organ, several and none named, or another organ replaced layers of it.
-            ModelError: There is no record, or the model is not what it describes.
+            ModelError: There is no record, the model is not what it describes, or its record has no digest of files
+                that were linked and not read.
         """
         record = read_record(source.path)
         if record is None:
@@ -43,7 +45,13 @@ class Transplanted:
                     f"the organ {other.organ} replaced layers of {operation.organ}; recover around {other.organ}, or "
                     "remove it first."
                 )
-        checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
+        if record.tensors_digest is None:
+            raise ModelError(
+                f"some files of {source.path} were linked and not read at the transplant, so nothing could prove later "
+                "that recovery was undone; transplant again with --verify bytes."
+            )
+        with studying():
+            checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
         digests = checkpoint.digests()
         if checkpoint.layer_count != len(record.layers) or combine_digests(digests) != record.tensors_digest:
             raise ModelError(

@@ -1,0 +1,193 @@
+"""Layers of a model on the Hub: only what holds them is downloaded, by range requests where the server allows those."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from neurograft.byte_moves import FileRange
+from neurograft.checkpoint import INDEX_FILE, Checkpoint, refuse_numbered_packing
+from neurograft.errors import ModelError
+from neurograft.files import human_bytes, require_space
+from neurograft.models import HUB_FILES, ModelDirectory, cache_directory, read_raw_config, refuse_foreign
+from neurograft.studies import ModelStudy, study_model
+from neurograft.tensor_files import MAX_HEADER_BYTES, Piece, TensorFile, read_tensor_file
+
+log = logging.getLogger("neurograft")
+
+_FIRST_BYTES = 1 << 17
+_GAP = 1 << 20  # ranges that are closer than this are asked for in one request
+_SINGLE_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class _Remote:
+    """One model on the Hub, at one commit."""
+
+    name: str
+    commit: str
+
+    def url(self, file: str) -> str:
+        """Return where a file is."""
+        from huggingface_hub import hf_hub_url
+
+        return str(hf_hub_url(self.name, file, revision=self.commit))
+
+    def read(self, file: str, start: int, stop: int) -> Iterator[bytes] | None:
+        """Return a range of a file, in pieces; `None` if the server gives whole files only."""
+        from huggingface_hub.utils._headers import build_hf_headers
+        from huggingface_hub.utils._http import http_stream_backoff
+
+        headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}"}
+        stream = http_stream_backoff("GET", self.url(file), headers=headers, follow_redirects=True)
+        response = stream.__enter__()
+        if response.status_code != 206:
+            stream.__exit__(None, None, None)
+            return None
+
+        def pieces() -> Iterator[bytes]:
+            try:
+                yield from response.iter_bytes()
+            finally:
+                stream.__exit__(None, None, None)
+
+        return pieces()
+
+    def download(self, file: str) -> Path:
+        """Download a whole file into the Hub's own cache."""
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(self.name, file, revision=self.commit))
+
+
+@contextmanager
+def hub_layers(
+    reference: str, choose: Callable[[int], range], *, trust_remote_code: bool = False
+) -> Iterator[tuple[Checkpoint, range]]:
+    """Open some layers of a model on the Hub; bytes of other layers are not there.
+
+    Args:
+        reference: `org/name` or `org/name@revision`.
+        choose: Gives the wanted layers of a model of L layers.
+        trust_remote_code: See `neurograft.models.resolve`.
+
+    Raises:
+        ModelError: The Hub does not give the model, or it is none that can be cut into layers.
+    """
+    name, _, revision = reference.partition("@")
+    try:
+        directory = _small_files(name, revision or None)
+        refuse_foreign(directory.path, trust_remote_code=trust_remote_code)
+        raw = read_raw_config(directory.path)
+        refuse_numbered_packing(raw, directory.name)
+        study = study_model(directory, trust_remote_code=trust_remote_code)
+        chosen = choose(study.layer_count)
+        cache_directory().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="hub-", dir=cache_directory()) as folder:
+            files, names = _fetch(_Remote(name, str(directory.revision)), directory.path, study, chosen, Path(folder))
+            yield Checkpoint(directory, raw, files, study, names), chosen
+    except OSError as error:  # the Hub's own errors are among these
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(f"the Hub did not give {name}: {reason}") from error
+
+
+def _small_files(name: str, revision: str | None) -> ModelDirectory:
+    """Download everything but the weights."""
+    from huggingface_hub import snapshot_download
+
+    small = [pattern for pattern in HUB_FILES if pattern != "*.safetensors"]
+    path = Path(snapshot_download(name, revision=revision, allow_patterns=small))
+    return ModelDirectory(path, name, path.name)
+
+
+def _fetch(
+    remote: _Remote, snapshot: Path, study: ModelStudy, layers: range, folder: Path
+) -> tuple[tuple[TensorFile, ...], frozenset[str]]:
+    """Fetch the files that hold the wanted layers, or of them what holds these layers.
+
+    Returns:
+        The files, and the names of all tensors of the model.
+    """
+    leaf = re.escape(study.layers_path.rpartition(".")[2])
+    numbers = "|".join(map(str, layers))
+    wanted = re.compile(rf"^(.*?\.)?{leaf}\.({numbers})\.")
+    index = snapshot / INDEX_FILE
+    weight_map: Mapping[str, str] = {}
+    if index.is_file():
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    shards = sorted({file for name, file in weight_map.items() if wanted.match(name)}) or [_SINGLE_FILE]
+    if any(Path(shard).name != shard for shard in shards):
+        raise ModelError(f"the index of {remote.name} names files outside the model.")
+    fetched = [_fetch_file(remote, snapshot / shard, wanted, folder) for shard in shards]
+    names = frozenset(weight_map).union(*(known for _, known in fetched))
+    return tuple(file for file, _ in fetched), names
+
+
+def _fetch_file(
+    remote: _Remote, local: Path, wanted: re.Pattern[str], folder: Path
+) -> tuple[TensorFile, frozenset[str]]:
+    """Fetch the header of one file and the ranges of the wanted tensors, into a file that is empty elsewhere.
+
+    Returns:
+        The file, and the names of all tensors in it.
+    """
+    if local.is_file():
+        return _whole(local)
+    first = remote.read(local.name, 0, _FIRST_BYTES)
+    if first is None:
+        log.info("downloading %s", local.name)
+        return _whole(remote.download(local.name))
+    start = b"".join(first)
+    length = 8 + int.from_bytes(start[:8], "little")
+    if length > MAX_HEADER_BYTES:
+        raise ModelError(f"{local.name} of {remote.name} is no safetensors file: its header would have {length} bytes.")
+    if length > len(start):
+        start += b"".join(remote.read(local.name, len(start), length) or ())
+    path = folder / local.name
+    _write_at(path, 0, iter([start[:length]]))
+    ends = [entry["data_offsets"][1] for key, entry in json.loads(start[8:length]).items() if key != "__metadata__"]
+    with path.open("r+b") as stream:
+        stream.truncate(length + max(ends, default=0))
+    file = read_tensor_file(path)
+    kept = {name: piece for name, piece in file.pieces.items() if wanted.match(name)}
+    ranges = _ranges(kept)
+    total = sum(stop - begin for begin, stop in ranges)
+    require_space(folder, total)
+    log.info("downloading %s of %s", human_bytes(total), local.name)
+    for begin, stop in ranges:
+        got = _write_at(path, begin, remote.read(local.name, begin, stop) or iter(()))
+        if got != stop - begin:
+            raise ModelError(f"the Hub gave {got} of the {stop - begin} bytes asked of {local.name}.")
+    # What was not fetched must never be taken for the model's zeros, so it is not in the file that is returned.
+    return TensorFile(path, kept, file.metadata), frozenset(file.pieces)
+
+
+def _whole(path: Path) -> tuple[TensorFile, frozenset[str]]:
+    file = read_tensor_file(path)
+    return file, frozenset(file.pieces)
+
+
+def _ranges(pieces: Mapping[str, Piece]) -> list[tuple[int, int]]:
+    """Return the ranges of a file that hold some tensors, joined where little lies between them."""
+    ranges: list[tuple[int, int]] = []
+    for source in (piece.source for piece in pieces.values() if isinstance(piece.source, FileRange)):
+        start = source.start
+        if ranges and start - ranges[-1][1] <= _GAP:
+            ranges[-1] = (ranges[-1][0], start + source.size)
+        else:
+            ranges.append((start, start + source.size))
+    return ranges
+
+
+def _write_at(path: Path, offset: int, pieces: Iterator[bytes]) -> int:
+    """Write bytes to a place in a file, and return how many they were."""
+    path.touch()
+    with path.open("r+b") as stream:
+        stream.seek(offset)
+        return sum(stream.write(piece) for piece in pieces)
