@@ -447,7 +447,7 @@ def test_nothing_is_written_when_it_fails(
 ) -> None:
     before = listing()
 
-    def diverged(*_: Any) -> Any:
+    def diverged(*_: Any, **__: Any) -> Any:
         return torch.tensor([[float("nan")]], requires_grad=True)
 
     with monkeypatch.context() as patch:
