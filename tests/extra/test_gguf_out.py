@@ -41,7 +41,7 @@ def _convert(folder: Path, target: Path) -> dict[str, torch.Tensor]:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     written = {}
     for name, tensor in load_file(folder / "model.safetensors").items():
-        key = names.get_name(name, try_suffixes=(".weight",))
+        key = names.get_name(name, try_suffixes=(".weight",)) or ""
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
         written[key] = tensor if heads is None else _rotary_order(tensor, heads)
         writer.add_tensor(key, written[key].contiguous().numpy())
