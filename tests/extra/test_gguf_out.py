@@ -39,10 +39,9 @@ def _convert(folder: Path, target: Path) -> dict[str, torch.Tensor]:
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_vocab_size(config.vocab_size)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    written: dict[str, torch.Tensor] = {}
+    written = {}
     for name, tensor in load_file(folder / "model.safetensors").items():
-        key = names.get_name(name, try_suffixes=(".weight",))
-        assert key is not None
+        key = names.get_name(name, try_suffixes=(".weight",)) or ""
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
         written[key] = tensor if heads is None else _rotary_order(tensor, heads)
         writer.add_tensor(key, written[key].contiguous().numpy())
