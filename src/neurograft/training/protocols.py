@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("neurograft")
 
 # Options that change how long a run takes, and not what it comes to.
-_NO_EFFECT = {"checkpoint_every"}
+_NO_EFFECT = {"checkpoint_every", "log_to", "log_dir"}
 
 
 def train(
