@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "other.txt").write_text("XKCD (QED) = 100%!\n\nZYX * WVU / TSR; 73 + 12?")
     for kind in (*KINDS, "dropout"):
         gpt2 = {"resid_pdrop": 0.3 if kind == "dropout" else 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        changes = gpt2 if kind in ("gpt2", "dropout") else {}
+        changes: dict[str, Any] = gpt2 if kind in ("gpt2", "dropout") else {}
         host = save_model(folder / kind, "gpt2" if kind == "dropout" else kind, **changes)
         extract(host, layers=(2, 4), name="tiny", output=folder / f"{kind}-organ.safetensors")
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -85,6 +86,12 @@ class TrainingOptions(BaseModel):
     checkpoint_every: float = Field(default=60.0, ge=0)
     """Seconds between two saves of the run's state, beside the output, from which the same command goes on if it is
     interrupted."""
+
+    log_to: Literal["tensorboard", "trackio"] | None = None
+    """Log loss, held-out perplexity, learning rate and tokens per second there; never any text. Needs the extra of the
+    same name."""
+    log_dir: Path = Path("neurograft-logs")
+    """Folder of these logs."""
 
     @model_validator(mode="after")
     def _one_limit(self) -> TrainingOptions:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("neurograft")
 
 # Options that change how long a run takes, and not what it comes to.
-NO_EFFECT = {"checkpoint_every"}
+NO_EFFECT = {"checkpoint_every", "log_to", "log_dir"}
 
 
 def train(
