@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import neurograft
+from neurograft import transplant
 from neurograft.cli import app
+from neurograft.organ import Organ
 from tiny import LAYERS
 
 Run = Callable[..., Result]
@@ -149,6 +152,36 @@ def test_errors_are_one_sentence_on_standard_error(
         assert len(lines) == 1 and reason in lines[0], (words, result.stderr)
         assert result.stdout == "" and "Traceback" not in result.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["organ.safetensors", "text.txt"]
+
+
+def test_no_output_replaces_an_input(run: Run, donor: Path, text: Path, organ: Organ, tmp_path: Path) -> None:
+    model, new = tmp_path / "model", tmp_path / "new"
+    shutil.copytree(donor, model)
+    organ.save(tmp_path / "organ.safetensors")
+    transplant(organ, donor, at=2, mode="replace", output=tmp_path / "grafted")
+    (model / "texts").mkdir()
+    (model / "texts" / "a.txt").write_text("nothing")
+    train = ["train", tmp_path / "organ.safetensors", "--host", model, "--data", text, "--steps", 1]
+    recover = ["recover", tmp_path / "grafted", "--data", text, "--steps", 1, "-o", new, "--save-organ"]
+    compare = ["compare", "--model", model, "--data", text, "--tokens", 9, "-o"]
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(model / "model.safetensors")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    for words, reason in [
+        (["extract", model, "-o", model / "model.safetensors"], "overlaps the input"),
+        (["extract", model, "-o", model / "organ.safetensors"], "overlaps the input"),
+        (["extract", model, "-o", link], "overlaps the input"),
+        ([*train, "-o", model / "model.safetensors"], "overlaps the input"),
+        ([*train, "-o", tmp_path / "organ.safetensors"], "overlaps the input"),
+        ([*train, "-o", tmp_path / "organ.bin"], "ends in .safetensors"),
+        ([*recover, tmp_path / "grafted" / "model.safetensors"], "overlaps the input"),
+        ([*recover, new / "organ.safetensors"], "which is written as a whole"),
+        ([*compare, model / "comparison"], "overlaps the input"),
+        ([*compare, model / "texts" / "comparison", "--general", model / "texts"], "overlaps the input"),
+    ]:
+        result = run(*words, "--overwrite")
+        assert result.exit_code == 2 and reason in result.stderr, (words, result.output)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
 
 
 def test_verdicts_are_exit_status_one(

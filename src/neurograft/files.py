@@ -106,10 +106,17 @@ def _swap_in(temporary: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def check_output_file(path: Path, *, overwrite: bool) -> None:
-    """Refuse an output file that exists (unless `overwrite`) or whose folder does not."""
+def check_output_file(path: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
+    """Refuse an output file that exists (unless `overwrite`) or whose folder does not.
+
+    Args:
+        path: The file to be written.
+        overwrite: Whether an existing file may be replaced.
+        inputs: Files and directories that are read: the output may be none of them, and lie in none.
+    """
     if path.is_dir():
         raise UsageError(f"{path} is a directory; give the name of a file to write.")
+    refuse_overlap(path, inputs)
     if path.exists() and not overwrite:
         raise UsageError(f"{path} exists already; choose another name or pass --overwrite.")
     if not path.parent.is_dir():
@@ -124,12 +131,7 @@ def check_output_directory(path: Path, *, overwrite: bool, inputs: Iterable[Path
         overwrite: Whether an existing model directory may be replaced.
         inputs: Files and directories that are read: the output may be none of them, hold none of them, and lie in none.
     """
-    resolved = path.resolve()
-    for source in (item.resolve() for item in inputs):
-        if resolved == source or resolved in source.parents or source in resolved.parents:
-            raise UsageError(
-                f"the output {path} overlaps the input {source}, which must stay as it is; choose another."
-            )
+    refuse_overlap(path, inputs)
     if path.is_file():
         raise UsageError(f"{path} is a file; give the name of a directory to write.")
     if path.exists() and not overwrite:
@@ -138,6 +140,16 @@ def check_output_directory(path: Path, *, overwrite: bool, inputs: Iterable[Path
         raise UsageError(f"{path} exists and is no model directory (no config.json), so it is not overwritten.")
     if not path.parent.is_dir():
         raise UsageError(f"the folder {path.parent} does not exist; create it first.")
+
+
+def refuse_overlap(path: Path, inputs: Iterable[Path]) -> None:
+    """Refuse an output that is an input, holds one or lies in one; inputs that do not exist overlap nothing."""
+    resolved = path.resolve()
+    for source in (item.resolve() for item in inputs if os.path.exists(item)):
+        if resolved == source or resolved in source.parents or source in resolved.parents:
+            raise UsageError(
+                f"the output {path} overlaps the input {source}, which must stay as it is; choose another."
+            )
 
 
 def require_space(folder: Path, needed: int) -> None:

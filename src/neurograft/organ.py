@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from neurograft.errors import OrganFileError, UsageError
 from neurograft.files import (
     CHUNK_BYTES,
     atomic_file,
+    check_output_file,
     combine_digests,
     require_space,
     tensor_digest,
@@ -124,12 +125,18 @@ def dtype_name(tensors: Mapping[str, torch.Tensor]) -> str:
     return names.pop() if len(names) == 1 else "mixed"
 
 
+def check_organ_output(path: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
+    """Refuse, before any work is done, a file that an organ can't be written to; see `files.check_output_file`."""
+    if path.suffix != ".safetensors":
+        raise UsageError(f"an organ file's name ends in .safetensors, and {path} does not.")
+    check_output_file(path, overwrite=overwrite, inputs=inputs)
+
+
 def write_organ(organ: Organ, path: Path, *, overwrite: bool = False) -> Organ:
     """Write an organ file; see `Organ.save`."""
     from safetensors.torch import save_file
 
-    if path.suffix != ".safetensors":
-        raise UsageError(f"an organ file's name ends in .safetensors, and {path} does not.")
+    check_organ_output(path, overwrite=overwrite)
     refuse_not_finite(organ.tensors, organ.name)
     tensors = {name: tensor.contiguous().clone() for name, tensor in organ.tensors.items()}
     manifest = organ.manifest.model_copy(

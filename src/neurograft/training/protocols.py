@@ -16,12 +16,12 @@ import torch
 from neurograft import __version__, data, probe
 from neurograft.anatomy import describe
 from neurograft.compat import refuse_findings, tokenizer_findings
-from neurograft.files import check_output_file, combine_digests, tensor_digest
+from neurograft.files import combine_digests, tensor_digest
 from neurograft.identity import as_identity
 from neurograft.layer_weights import load_layers
 from neurograft.manifest import Evaluation, LayerAnatomy, Manifest, Mode, Protocol, Training
 from neurograft.models import ModelDirectory, fingerprint_tokenizer, load_model, load_tokenizer, resolve
-from neurograft.organ import Organ, clean_name, config_to_json, dtype_name, now, read_organ
+from neurograft.organ import Organ, check_organ_output, clean_name, config_to_json, dtype_name, now, read_organ
 from neurograft.sharding import fill
 from neurograft.surgery import Attachment, attach, attach_alone, tensors_of
 from neurograft.training.loop import Batches, ProgressCallback, Texts, Trainee, TrainingRun
@@ -79,7 +79,8 @@ def train(
         The trained organ, with the best weights seen on the held-out text.
 
     Raises:
-        UsageError: An option is wrong, the output exists, or another run left its state beside it.
+        UsageError: An option is wrong, the output exists, is the organ that is read or lies in the host's directory, or
+            another run left its state beside it.
         DataError: There is no text, or it can't be read.
         IncompatibleError: The organ does not fit the host.
         NeurograftError: The loss is not finite any more.
@@ -89,7 +90,9 @@ def train(
     chosen = parse_options(**options)
     processes = Processes()
     if output is not None:
-        processes.on_first(lambda: check_output_file(Path(output), overwrite=overwrite))
+        used = organ.path if isinstance(organ, Organ) else Path(organ)
+        inputs = [Path(host), *([used] if used is not None else [])]
+        processes.on_first(lambda: check_organ_output(Path(output), overwrite=overwrite, inputs=inputs))
     organ = organ if isinstance(organ, Organ) else read_organ(organ)
     reading = {"text_column": text_column, "document_separator": document_separator, "encoding": encoding}
     texts = read_texts(data, eval_data, chosen, reading)
