@@ -425,7 +425,12 @@ def evaluate(
         list[str] | None,
         typer.Option("--gate", help="Such as 'domain<=0.9*baseline'; exit status 1 if one fails. Repeatable."),
     ] = None,
-    sequence_length: Annotated[int, typer.Option("--sequence-length", min=2, help="Tokens in a window.")] = 512,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(
+            "--sequence-length", min=2, help="Tokens in a window [default: 512, or as many as the models take]."
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Windows in a forward pass.")] = 8,
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", min=1, help="At most this many tokens of each data set.")

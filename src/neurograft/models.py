@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neurograft.errors import ModelError
+from neurograft.errors import ModelError, UsageError
 from neurograft.files import atomic_directory, combine_digests, file_sha256, require_space
 from neurograft.layer_weights import quiet_transformers
 from neurograft.manifest import TokenizerFingerprint
@@ -176,6 +176,36 @@ def load_config(directory: ModelDirectory, *, trust_remote_code: bool = False) -
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"transformers can't load the configuration of {directory.name}: {reason}") from error
+
+
+def position_limit(config: PreTrainedConfig) -> int | None:
+    """Return how many positions a model takes, by its configuration; `None` if that sets no limit."""
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    found = (getattr(config, name, None) for name in names)
+    return next((limit for limit in found if isinstance(limit, int) and limit > 0), None)
+
+
+def fit_sequence_length(given: int | None, usual: int, config: PreTrainedConfig, name: str) -> int:
+    """Return the sequence length to work with: what was asked for, or the usual one as far as the model takes it.
+
+    Args:
+        given: Tokens in a sequence; `None` if nothing was asked for.
+        usual: What to take then, if the model takes as many positions.
+        config: The model's configuration.
+        name: The model's name, for the message.
+
+    Raises:
+        UsageError: More was asked for than the model has positions.
+    """
+    limit = position_limit(config)
+    if limit is None:
+        return usual if given is None else given
+    if given is not None and given > limit:
+        raise UsageError(
+            f"the sequence length is {given}, and {name} takes at most {limit} positions; give --sequence-length "
+            f"{limit} or less."
+        )
+    return min(usual, limit) if given is None else given
 
 
 def load_model(

@@ -24,7 +24,7 @@ from neurograft.models import ModelDirectory, load_model_and_unused, load_tokeni
 from neurograft.organ import check_organ_output, now
 from neurograft.recovery_files import recovered_organ, take_over_written, write_record, write_recovered
 from neurograft.training.loop import ProgressCallback, Texts
-from neurograft.training.options import TrainingOptions, parse_options
+from neurograft.training.options import TrainingOptions, fit_to_model, parse_options
 from neurograft.training.protocols import NO_EFFECT, hyperparameters_of, read_texts, versions
 from neurograft.training.recovery import Recovered, RecoveryPlan, plan_recovery, stage_path, train_stages
 from neurograft.transplanted import Transplanted
@@ -107,6 +107,7 @@ def recover(
     if save_organ is not None:
         _check_organ_file(Path(save_organ), output, source.path, overwrite=overwrite)
     case = Transplanted.open(source, organ, trust_remote_code)
+    chosen = fit_to_model(chosen, case.checkpoint.config, source.name)
     plan = _plan(case, scope, neighbours, unfreeze, alone=save_organ is not None)
     reading = {"text_column": text_column, "document_separator": document_separator, "encoding": encoding}
     texts = read_texts(data, eval_data, chosen, reading)

@@ -27,7 +27,7 @@ from neurograft.training.baselines import Method, OrganSettings, find_methods, r
 from neurograft.training.comparison_results import Comparison, Run, Trial, summaries
 from neurograft.training.loop import Batches, Texts
 from neurograft.training.measuring import Job, Measured
-from neurograft.training.options import TrainingOptions, parse_options
+from neurograft.training.options import TrainingOptions, fit_to_model, parse_options
 from neurograft.training.protocols import versions
 from neurograft.training.search import DECIDED_BY_COMPARE, Settings, Space, read_spaces, settings_to_try
 
@@ -123,6 +123,7 @@ def compare(
     reading = {"text_column": text_column, "document_separator": document_separator, "encoding": encoding}
     text = _read(data, eval_data, general, shared, reading)
     directory = resolve(model, trust_remote_code=trust_remote_code)
+    shared = fit_to_model(shared, load_config(directory, trust_remote_code=trust_remote_code), directory.name)
     batches = _check_amount(text, directory, shared, trust_remote_code)
     _check_layers(chosen, tries, directory, trust_remote_code)
     a_step = shared.batch_size * shared.sequence_length

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from neurograft.arithmetic import Precision
 from neurograft.errors import UsageError
 from neurograft.manifest import Protocol
+from neurograft.models import fit_sequence_length
 from neurograft.training.schedules import OptimizerName, Schedule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 CacheDtype = Literal["float32", "bfloat16", "float16"]
 
@@ -31,7 +35,7 @@ class TrainingOptions(BaseModel):
     steps: int | None = Field(default=None, ge=1)
     """Stop after this many optimizer steps."""
     sequence_length: int = Field(default=256, ge=2)
-    """Tokens in a training sequence."""
+    """Tokens in a training sequence; left out, no more than the model has positions."""
     batch_size: int = Field(default=4, ge=1)
     """Sequences in one forward and backward pass, over all processes together: each of N takes an Nth of them."""
     accumulate: int = Field(default=1, ge=1)
@@ -94,6 +98,17 @@ class TrainingOptions(BaseModel):
         if self.rank is not None and self.strength < 1:
             raise ValueError("strength mixes weights and rank trains factors of their changes; give one of them")
         return self
+
+
+def fit_to_model(options: TrainingOptions, config: PreTrainedConfig, name: str) -> TrainingOptions:
+    """Return options whose sequences a model takes: a length that was left out is cut to the model's positions.
+
+    Raises:
+        UsageError: A longer one was given.
+    """
+    given = options.sequence_length if "sequence_length" in options.model_fields_set else None
+    length = fit_sequence_length(given, options.sequence_length, config, name)
+    return options.model_copy(update={"sequence_length": length})
 
 
 def parse_options(**values: Any) -> TrainingOptions:

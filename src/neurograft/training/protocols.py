@@ -20,13 +20,13 @@ from neurograft.files import combine_digests, tensor_digest
 from neurograft.identity import as_identity
 from neurograft.layer_weights import load_layers
 from neurograft.manifest import Evaluation, LayerAnatomy, Manifest, Mode, Protocol, Training
-from neurograft.models import ModelDirectory, fingerprint_tokenizer, load_model, load_tokenizer, resolve
+from neurograft.models import ModelDirectory, fingerprint_tokenizer, load_config, load_model, load_tokenizer, resolve
 from neurograft.organ import Organ, check_organ_output, clean_name, config_to_json, dtype_name, now, read_organ
 from neurograft.sharding import fill
 from neurograft.surgery import Attachment, attach, attach_alone, tensors_of
 from neurograft.training.loop import Batches, ProgressCallback, Texts, Trainee, TrainingRun
 from neurograft.training.low_rank import LowRankChanges
-from neurograft.training.options import TrainingOptions, parse_options
+from neurograft.training.options import TrainingOptions, fit_to_model, parse_options
 from neurograft.training.processes import Processes, one_by_one, starting_device, whole_weights
 from neurograft.training.run_state import state_path
 
@@ -152,6 +152,8 @@ def _train(
 ) -> Organ:
     with one_by_one():
         directory = resolve(host, trust_remote_code=trust_remote_code)
+    config = load_config(directory, trust_remote_code=trust_remote_code)
+    options = fit_to_model(options, config, directory.name)
     tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
     if organ.manifest.tokenizer is not None:
         refuse_findings(
@@ -207,7 +209,7 @@ def tune_layers(
         UsageError: An option is wrong.
         DataError: There are fewer than two documents.
     """
-    chosen = parse_options(**options)
+    chosen = fit_to_model(parse_options(**options), model.config, f"the {model.config.model_type} model")
     texts = Texts(*data.split_documents(documents, held_out=chosen.held_out, seed=chosen.seed))
     batches = Batches.build(texts, tokenizer, chosen)
     TrainingRun(model, Trainee.of_layers(layers, 0), batches, chosen, progress=progress).train()
