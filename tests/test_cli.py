@@ -184,6 +184,20 @@ def test_no_output_replaces_an_input(run: Run, donor: Path, text: Path, organ: O
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
 
 
+def test_what_nobody_foresaw_is_no_verdict(run: Run, organ_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise KeyError("a\nb")
+
+    monkeypatch.setattr("neurograft.organ.read_manifest", fails)
+    result = run("inspect", organ_file, "--json")
+    message = json.loads(result.stdout)["error"]["message"]
+    assert result.exit_code == 2 and message.startswith("unexpected error: KeyError: ") and "report it" in message
+    assert result.stderr == f"error: {message}\n"
+    monkeypatch.setenv("NEUROGRAFT_TRACEBACK", "1")
+    shown = run("inspect", organ_file)
+    assert shown.exit_code == 2 and "in fails" in shown.stderr and shown.stdout == ""
+
+
 def test_verdicts_are_exit_status_one(
     run: Run, donor: Path, organ_file: Path, model_directory: Any, text: Path
 ) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import inspect as introspection
 import json
 import logging
+import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -127,8 +129,26 @@ def _running(as_json: bool, doing: str) -> Iterator[_Screen]:
     except MemoryError as error:
         screen.fail("the memory is full; nothing was written.", "MemoryError")
         raise typer.Exit(EXIT_ERROR) from error
+    except BrokenPipeError as error:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (Python flushes it when it ends)
+        raise typer.Exit(EXIT_ERROR) from error
+    except Exception as error:
+        # Whatever it is, it is no verdict, which is what Python's own exit status of 1 would mean.
+        screen.fail(_unexpected(error), type(error).__name__)
+        raise typer.Exit(EXIT_ERROR) from error
     finally:
         logger.removeHandler(handler)
+
+
+def _unexpected(error: Exception) -> str:
+    """Say in one sentence what nobody foresaw, after the traceback if `NEUROGRAFT_TRACEBACK` asks for it."""
+    if os.environ.get("NEUROGRAFT_TRACEBACK", "") not in ("", "0"):
+        traceback.print_exception(error)
+    first = next(iter(str(error).strip().splitlines()), "no message").rstrip(".")
+    return (
+        f"unexpected error: {type(error).__name__}: {first}; please report it (with NEUROGRAFT_TRACEBACK=1 in the "
+        "environment, the same command shows where it came from)."
+    )
 
 
 def _show_version(value: bool) -> None:
