@@ -184,6 +184,36 @@ def test_no_output_replaces_an_input(run: Run, donor: Path, text: Path, organ: O
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
 
 
+def test_values_that_no_command_takes(
+    run: Run, donor: Path, organ_file: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("neurograft.demonstration.find_packaged_model", lambda: donor)
+    monkeypatch.setattr("neurograft.demonstration.find_ontology", lambda: text)
+    monkeypatch.chdir(donor)  # what an empty name must not mean
+    new = tmp_path / "new.safetensors"
+    train = ["train", organ_file, "--host", donor, "--data", text, "-o", new]
+    recover = ["recover", donor, "--data", text, "-o", tmp_path / "new"]
+    (tmp_path / "other").mkdir()
+    shutil.copy(text, tmp_path / "other")
+    for words, reason in [
+        (["extract", donor, "-o", new, "--organ-version", "banana"], "'banana'; write a semantic version"),
+        ([*train, "--organ-version", "banana"], "'banana'; write a semantic version"),
+        (["extract", "", "-o", new], "the model's name is empty"),
+        (["recover", "", *recover[2:]], "'' is no directory"),
+        ([*train, "--data", ""], "a path of text is empty"),
+        *(([*words, "--seed", seed], "--seed") for words in (train, recover) for seed in (-1, 1 << 63)),
+        (["evaluate", donor, "--data", text, "--seed", -1], "--seed"),
+        *(([*train, "--epochs", value], "--epochs: Input should be a finite number") for value in ("inf", "nan")),
+        ([*recover, "--weight-decay", "inf"], "--weight-decay: Input should be a finite number"),
+        (["demo", "--folder", text], "is a file"),
+        (["evaluate", donor, "--data", text, "--data", tmp_path / "other" / text.name], "would both be called text"),
+    ]:
+        result = run(*words)
+        assert result.exit_code == 2 and reason in " ".join(result.stderr.split()), (words, result.output)
+        assert "unexpected" not in result.stderr and "Traceback" not in result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["organ.safetensors", "other", "text.txt"]
+
+
 def test_what_nobody_foresaw_is_no_verdict(run: Run, organ_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any) -> None:
         raise KeyError("a\nb")

@@ -181,7 +181,10 @@ def test_gates_are_checked_before_anything_is_loaded(texts: dict[str, Path]) -> 
 
 
 def test_data_arguments() -> None:
-    assert parse_data_arguments(["a=x.txt", "b=y", "a=z=1.txt"]) == {"a": ["x.txt", "z=1.txt"], "b": ["y"]}
+    assert parse_data_arguments(["a=x.txt", "b=y", "a=z=1.txt"]) == {
+        "a": ["x.txt", "z=1.txt"],
+        "b": ["y"],
+    }  # the help says so
     assert parse_data_arguments(["folder/reports.jsonl.gz"]) == {"reports": ["folder/reports.jsonl.gz"]}
     for wrong in ([], ["=x"], ["a="], [""]):
         with pytest.raises(UsageError):

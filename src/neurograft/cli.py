@@ -436,7 +436,10 @@ def transplant(
 def evaluate(
     model: Model,
     data: Annotated[
-        list[str], typer.Option("--data", metavar="NAME=PATH", help="A data set and its name. Repeatable.")
+        list[str],
+        typer.Option(
+            "--data", metavar="NAME=PATH", help="A data set and its name. Repeatable; one name twice is one data set."
+        ),
     ],
     baseline: Annotated[
         str | None, typer.Option("--baseline", metavar="MODEL", help="A model to stand beside it.")
@@ -455,7 +458,7 @@ def evaluate(
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", min=1, help="At most this many tokens of each data set.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the bootstrap.")] = 0,
     text_column: TextColumn = "text",
     document_separator: Separator = None,
     encoding: Encoding = "utf-8",
@@ -494,7 +497,7 @@ def evaluate(
 @app.command()
 @partial(_with_training_options, without=("protocol", "at", "rank"))
 def recover(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A model directory that transplant wrote.")],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A model directory that transplant wrote.")],
     data: Annotated[
         list[str],
         typer.Option("--data", metavar="PATH", help="General or domain text to train on. Repeatable."),
@@ -545,8 +548,8 @@ def recover(
     with _running(as_json, "reading the model") as screen:
         from neurograft import recovery, render
 
-        if not directory.is_dir():
-            raise UsageError(f"{directory} is no directory; give the one that transplant wrote.")
+        if not directory or not Path(directory).is_dir():
+            raise UsageError(f"{directory!r} is no directory; give the one that transplant wrote.")
         with _training_display(screen) as progress:
             record = recovery.recover(
                 directory,
@@ -572,7 +575,7 @@ def recover(
 
 @app.command()
 def remove(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A model directory that transplant wrote.")],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A model directory that transplant wrote.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Model directory to write.")],
     organ: Annotated[
         str | None, typer.Option("--organ", metavar="NAME", help="Which organ, if there are several.")
@@ -585,8 +588,8 @@ def remove(
     with _running(as_json, "reading the model") as screen:
         from neurograft import removal, render
 
-        if not directory.is_dir():
-            raise UsageError(f"{directory} is no directory; give the one that transplant wrote.")
+        if not directory or not Path(directory).is_dir():
+            raise UsageError(f"{directory!r} is no directory; give the one that transplant wrote.")
         result = removal.remove(
             directory, organ=organ, output=output, overwrite=overwrite, trust_remote_code=trust_remote_code
         )

@@ -111,15 +111,19 @@ def parse_data_arguments(arguments: Sequence[str]) -> dict[str, list[str]]:
     """Read `NAME=PATH` arguments; a bare path is named after its file, and a name given twice joins its paths.
 
     Raises:
-        UsageError: A name or a path is empty, or none is given.
+        UsageError: A name or a path is empty, none is given, or a path would be joined with others by its file's name.
     """
     named: dict[str, list[str]] = {}
+    bare: set[str] = set()
     for argument in arguments:
         name, found, path = argument.partition("=")
         if not found or "/" in name:
             name, path = Path(argument).name.split(".")[0], argument
+            bare.add(name)
         if not name or not path:
             raise UsageError(f"the data argument {argument!r} can't be read; write NAME=PATH.")
+        if name in bare and name in named:
+            raise UsageError(f"{named[name][0]} and {path} would both be called {name}; write --data NAME=PATH.")
         named.setdefault(name, []).append(path)
     if not named:
         raise UsageError("no data was given; write --data NAME=PATH.")
@@ -180,9 +184,11 @@ def evaluate(
 
     Raises:
         GateError: A gate can't be read, or names what is not measured. Checked before anything is loaded.
-        UsageError: The windows are longer than a model takes. Checked before weights are loaded.
+        UsageError: The seed is negative. The windows are longer than a model takes. Checked before weights are loaded.
         DataError, ModelError: Text or a model can't be read, or a loss is not finite.
     """
+    if seed < 0:
+        raise UsageError(f"the seed is {seed}; it must not be negative.")
     parsed = _check_gates(gates, data, has_baseline=baseline is not None)
     documents = {
         name: text_data.read_documents(

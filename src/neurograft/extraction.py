@@ -24,7 +24,16 @@ from neurograft.models import (
     load_tokenizer_if_any,
     resolve,
 )
-from neurograft.organ import UNSEALED, Organ, check_organ_output, clean_name, config_to_json, dtype_name, now
+from neurograft.organ import (
+    UNSEALED,
+    Organ,
+    check_organ_output,
+    check_version,
+    clean_name,
+    config_to_json,
+    dtype_name,
+    now,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -94,6 +103,7 @@ def extract(
         ModelError: The model can't be read or cut into layers.
         OrganFileError: The layers hold NaN or infinite values.
     """
+    check_version(version)
     if output is not None:
         check_organ_output(Path(output), overwrite=overwrite, inputs=[Path(model)])
     directory = resolve(model, trust_remote_code=trust_remote_code)

@@ -66,6 +66,8 @@ def resolve(reference: str | Path, *, trust_remote_code: bool = False) -> ModelD
         ModelError: Nothing is found there, or it is no model that neurograft reads.
     """
     text, path = str(reference), Path(reference)
+    if not text:
+        raise ModelError("the model's name is empty; give a transformers directory, a .gguf file or a Hub id.")
     if path.is_dir():
         directory = ModelDirectory(path.resolve(), path.resolve().name)
     elif path.suffix == ".gguf":

@@ -22,7 +22,7 @@ from neurograft.files import (
     tensor_digest,
     tensors_digest,
 )
-from neurograft.manifest import SCHEMA_VERSION, Manifest
+from neurograft.manifest import SCHEMA_VERSION, VERSION_PATTERN, Manifest
 
 if TYPE_CHECKING:
     import torch
@@ -117,6 +117,16 @@ def now() -> str:
 def clean_name(text: str) -> str:
     """Turn any text into a name that a manifest accepts."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:96] or "organ"
+
+
+def check_version(version: str) -> None:
+    """Refuse a version that a manifest does not accept.
+
+    Raises:
+        UsageError: It is no semantic version.
+    """
+    if not re.match(VERSION_PATTERN, version):
+        raise UsageError(f"the organ's version is {version!r}; write a semantic version, such as 1.0.2.")
 
 
 def dtype_name(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
+from conftest import Factory
 from neurograft import compare
 from neurograft.cli import app
 from neurograft.errors import DataError, NeurograftError, UsageError

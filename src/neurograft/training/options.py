@@ -18,10 +18,13 @@ if TYPE_CHECKING:
 CacheDtype = Literal["float32", "bfloat16", "float16"]
 
 
+SEEDS = 1 << 32  # how many there are: all that NumPy and torch take, also multiplied by a number of steps
+
+
 class TrainingOptions(BaseModel):
     """How to train; every value has its meaning and unit here, and the command line reads them from here."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     protocol: Protocol = "in_place"
     """`in_place`: the organ's layers train where they stand in the frozen host. `insert`: they start as identities
@@ -70,7 +73,7 @@ class TrainingOptions(BaseModel):
     strength: float = Field(default=1.0, gt=0, le=1)
     """Share of the way from the starting weights to the best trained ones that is kept. Less than 1 gives up some of
     the gain and keeps more of what the model could do before (weight-space ensembling, arXiv 2109.01903)."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=SEEDS)
     """Seed of the order of sequences, of the held-out share and of dropout."""
     held_out: float = Field(default=0.1, gt=0, lt=1)
     """Share of the documents kept for evaluation where no evaluation data is given."""

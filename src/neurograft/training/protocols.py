@@ -21,7 +21,16 @@ from neurograft.identity import as_identity
 from neurograft.layer_weights import load_layers
 from neurograft.manifest import Evaluation, LayerAnatomy, Manifest, Mode, Protocol, Training
 from neurograft.models import ModelDirectory, fingerprint_tokenizer, load_config, load_model, load_tokenizer, resolve
-from neurograft.organ import Organ, check_organ_output, clean_name, config_to_json, dtype_name, now, read_organ
+from neurograft.organ import (
+    Organ,
+    check_organ_output,
+    check_version,
+    clean_name,
+    config_to_json,
+    dtype_name,
+    now,
+    read_organ,
+)
 from neurograft.sharding import fill
 from neurograft.surgery import Attachment, attach, attach_alone, tensors_of
 from neurograft.training.loop import Batches, ProgressCallback, Texts, Trainee, TrainingRun
@@ -88,6 +97,8 @@ def train(
             goes on, on CPUs to the same bits as if it had never stopped.
     """
     chosen = parse_options(**options)
+    if version is not None:
+        check_version(version)
     processes = Processes()
     if output is not None:
         used = organ.path if isinstance(organ, Organ) else Path(organ)
