@@ -115,6 +115,16 @@ def test_a_directory_without_tokenizer(organ: Organ, tmp_path: Path) -> None:
     assert remove(tmp_path / "out", output=tmp_path / "back").original_restored
 
 
+def test_a_recipient_whose_cache_transformers_can_not_use(model_directory: Factory, tmp_path: Path) -> None:
+    mamba = {"mamba_n_heads": 8, "mamba_d_state": 8, "mamba_d_head": 8, "mamba_n_groups": 1}
+    model = model_directory(
+        "granitemoehybrid", layer_types=["mamba"] * LAYERS, num_local_experts=0, shared_intermediate_size=32, **mamba
+    )
+    with pytest.raises(ModelError, match="can't generate with the cache of this granitemoehybrid model"):
+        transplant(extract(model, layers=(1, 2)), model, at=1, mode="replace", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_record(organ_file: Path, recipient: Path, tmp_path: Path) -> None:
     record = transplant(organ_file, recipient, at=1, mode="replace", output=tmp_path / "out")
     assert read_record(tmp_path / "out") == record
