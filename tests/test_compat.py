@@ -54,6 +54,13 @@ def test_what_does_not_fit_is_named_with_its_values(
     assert not (tmp_path / "out").exists()
 
 
+def test_shapes_that_differ_are_one_sentence_beside_their_cause(organ: Organ, model_directory: Factory) -> None:
+    report = check(organ, model_directory("llama", seed=1, hidden_size=64))
+    blocking = [finding for finding in report.findings if finding.severity == "blocks"]
+    assert [finding.subject for finding in blocking] == ["head_dim", "hidden_size", "input_layernorm.weight"]
+    assert blocking[-1].why == "the tensor has another shape, as have 8 more of a layer's tensors"
+
+
 def test_sliding_window(model_directory: Factory) -> None:
     organ = extract(model_directory("mistral"), layers=(0, 2))
     assert "sliding_window is 8 in the organ and 4 in the recipient" in _blocking(

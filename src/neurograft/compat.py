@@ -155,9 +155,14 @@ def check_checkpoint(
     if at is None and alignment is not None:
         at = alignment.position
     position, chosen = recommended_place(organ.manifest, at=at, mode=mode)
+    values = config_findings(organ.manifest, checkpoint.config)
+    places = place_findings(organ, checkpoint.skeleton, at=position, mode=chosen)
+    if any(finding.severity == "blocks" for finding in values):
+        # Layers that would compute something else are what such values come to; the values are the cause.
+        places = [finding for finding in places if finding.subject != "layers"]
     findings = [
-        *config_findings(organ.manifest, checkpoint.config),
-        *place_findings(organ, checkpoint.skeleton, at=position, mode=chosen),
+        *values,
+        *places,
         *_name_findings(organ, checkpoint),
         *_tokenizer_findings(organ.manifest.tokenizer, checkpoint.directory, trust_remote_code),
         *_alignment_findings(organ, alignment, position, chosen),
@@ -304,18 +309,18 @@ def _name_findings(organ: Organ, checkpoint: Checkpoint) -> list[Finding]:
         tuple(organ.layer(0)[inner].shape) == shape for inner, shape in known.items()
     ):
         return []
-    return [
-        Finding(
-            severity="blocks",
-            subject=inner,
-            organ=list(tensor.shape),
-            recipient=list(known[inner]),
-            why="the tensor has another shape",
-        )
+    found = {
+        inner: tuple(tensor.shape)
         for index in range(organ.layer_count)
         for inner, tensor in organ.layer(index).items()
         if inner in known and known[inner] != tuple(tensor.shape)
-    ][:5]
+    }
+    if not found:
+        return []
+    first = next(iter(found))
+    others = f", as have {len(found) - 1} more of a layer's tensors" if len(found) > 1 else ""
+    why = f"the tensor has another shape{others}"
+    return [Finding(severity="blocks", subject=first, organ=list(found[first]), recipient=list(known[first]), why=why)]
 
 
 def _tokenizer_findings(
