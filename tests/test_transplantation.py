@@ -125,6 +125,18 @@ def test_a_recipient_whose_cache_transformers_can_not_use(model_directory: Facto
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_with_nan_names_the_tensor_and_the_file(organ: Organ, recipient: Path, tmp_path: Path) -> None:
+    model = load(recipient)
+    with torch.no_grad():
+        model.get_parameter("model.layers.3.mlp.up_proj.weight")[0, :2] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    reason = r"model\.safetensors: the tensor model\.layers\.3\.mlp\.up_proj\.weight of model has 2 values that are NaN"
+    with pytest.raises(ModelError, match=reason):
+        transplant(organ, tmp_path / "model", at=1, mode="insert", output=tmp_path / "out")
+    with pytest.raises(ModelError, match=reason):
+        extract(tmp_path / "model", layers=(0, 1))
+
+
 def test_the_record(organ_file: Path, recipient: Path, tmp_path: Path) -> None:
     record = transplant(organ_file, recipient, at=1, mode="replace", output=tmp_path / "out")
     assert read_record(tmp_path / "out") == record

@@ -180,6 +180,23 @@ def load_config(directory: ModelDirectory, *, trust_remote_code: bool = False) -
         raise ModelError(f"transformers can't load the configuration of {directory.name}: {reason}") from error
 
 
+def find_not_finite(folder: Path) -> tuple[Path, str, int] | None:
+    """Return the first tensor in a folder's safetensors files with values that are NaN or infinite.
+
+    Returns:
+        Its file, its name there, and how many such values it has; `None` if all are finite.
+    """
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as stream:
+            for key in stream.keys():  # noqa: SIM118 (not a mapping)
+                tensor = stream.get_tensor(key)
+                if tensor.is_floating_point() and tensor.element_size() > 1 and not tensor.isfinite().all():
+                    return path, key, int((~tensor.isfinite()).sum())
+    return None
+
+
 def position_limit(config: PreTrainedConfig) -> int | None:
     """Return how many positions a model takes, by its configuration; `None` if that sets no limit."""
     names = ("max_position_embeddings", "n_positions", "max_seq_len")

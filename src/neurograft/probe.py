@@ -7,12 +7,15 @@ gave where they came from, and they are asked again wherever the organ is put.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neurograft.errors import ModelError, VerificationError
 from neurograft.manifest import Probe
+from neurograft.models import find_not_finite
 
 if TYPE_CHECKING:
     import torch
@@ -96,13 +99,24 @@ def refuse_future_leak(model: PreTrainedModel, name: str) -> None:
     """Refuse a model whose earlier positions see later tokens.
 
     Raises:
-        ModelError: The model is not causal.
+        ModelError: The model is not causal, or its logits are not finite.
     """
     leak = future_leak(model)
+    if not math.isfinite(leak):
+        raise ModelError(_explain_not_finite(model, name))
     if not leak < 1e-3:
         raise ModelError(
             f"{name} is not causal: changing the last token moves earlier logits by {leak:.2g} of their size."
         )
+
+
+def _explain_not_finite(model: PreTrainedModel, name: str) -> str:
+    """Say which tensor in a model's files is behind logits that are NaN or infinite."""
+    found = find_not_finite(Path(model.config.name_or_path or "nowhere"))
+    if found is None:
+        return f"the logits of {name} are NaN or infinite, although its weights are finite."
+    file, key, count = found
+    return f"{file}: the tensor {key} of {name} has {count} values that are NaN or infinite."
 
 
 def to_manifest(answers: torch.Tensor, dtype: str) -> Probe:
