@@ -214,6 +214,21 @@ def test_values_that_no_command_takes(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["organ.safetensors", "other", "text.txt"]
 
 
+def test_an_interrupted_demo_without_a_folder_begins_anew(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: Any) -> None:
+        raise KeyboardInterrupt("training stopped after step 3 of 9; the same command goes on from there")
+
+    monkeypatch.setattr("neurograft.demonstration.find_packaged_model", lambda: tmp_path)
+    monkeypatch.setattr("neurograft.demonstration.find_ontology", lambda: tmp_path)
+    monkeypatch.setattr("neurograft.demonstration._Story.play", interrupted)
+    result = run("demo")
+    assert result.exit_code == 130 and "after step 3 of 9; the demo's temporary folder was deleted" in result.stderr
+    assert "the same command goes on" not in result.stderr
+    assert "the same command goes on" in run("demo", "--folder", tmp_path / "kept").stderr
+
+
 def test_what_nobody_foresaw_is_no_verdict(run: Run, organ_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any) -> None:
         raise KeyError("a\nb")

@@ -130,7 +130,13 @@ def demo(*, quick: bool = False, folder: str | Path | None = None, show: Show | 
             Path(folder).mkdir(parents=True, exist_ok=True)
         return _Story(gguf, ontology, Path(folder), quick, show).play()
     with tempfile.TemporaryDirectory(prefix="neurograft-demo-") as temporary:
-        return _Story(gguf, ontology, Path(temporary), quick, show).play()
+        try:
+            return _Story(gguf, ontology, Path(temporary), quick, show).play()
+        except KeyboardInterrupt as interrupt:
+            # What can be said of training, that it goes on from where it stopped, is not so in a folder that is deleted.
+            done = str(interrupt).partition(";")[0]
+            gone = "the demo's temporary folder was deleted; with --folder DIR the same command would go on from there"
+            raise KeyboardInterrupt(f"{done}; {gone}" if done else gone) from interrupt
 
 
 def find_packaged_model() -> Path:
