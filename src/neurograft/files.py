@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
+import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 CHUNK_BYTES = 1 << 22
+_NEW_SECONDS = 10
 
 
 def human_bytes(count: int) -> str:
@@ -43,16 +47,13 @@ def atomic_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
         NeurograftError: The disk is full or the folder can't be written to.
     """
     check_output_file(path, overwrite=overwrite)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with explained_os_errors(path):
-            yield temporary
-            temporary.chmod(_usual_mode(path.parent))
-            fsync(temporary)
-            os.replace(temporary, path)
-            fsync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with explained_os_errors(path), _folder_beside(path) as folder:
+        temporary = folder / path.name
+        yield temporary
+        temporary.chmod(_usual_mode(path.parent))
+        fsync(temporary)
+        os.replace(temporary, path)
+        fsync(path.parent)
 
 
 @contextmanager
@@ -64,21 +65,60 @@ def atomic_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
         NeurograftError: The disk is full or the folder can't be written to.
     """
     check_output_directory(path, overwrite=overwrite)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with explained_os_errors(path), _folder_beside(path) as temporary:
+        mode = _usual_mode(temporary)
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(mode)
+            fsync(file)
+        fsync(temporary)
+        _swap_in(temporary, path)
+        fsync(path.parent)
+
+
+@contextmanager
+def _folder_beside(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path`, locked while it is in use and gone afterwards, whatever happens.
+
+    Only a process that is killed outright leaves one; the next that writes the same path clears it.
+    """
+    _clear_left(path)
+    folder = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    folder.mkdir()
     try:
-        with explained_os_errors(path):
-            temporary.mkdir()
-            mode = _usual_mode(temporary)
-            yield temporary
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    file.chmod(mode)
-                fsync(file)
-            fsync(temporary)
-            _swap_in(temporary, path)
-            fsync(path.parent)
+        with _locked(folder):
+            yield folder
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold the lock of a folder, which the system releases when the process ends; yield whether it was free."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # another process holds it, or the file system has no locks
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
+def _clear_left(path: Path) -> None:
+    """Delete what killed processes left of writing `path`; what is new may be about to be locked."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")
+    for left in path.parent.iterdir():
+        if not name.fullmatch(left.name):
+            continue
+        with suppress(OSError):  # another process may clear it at the same time
+            if time.time() - left.stat().st_mtime > _NEW_SECONDS:
+                with _locked(left) as free:
+                    if free:
+                        shutil.rmtree(left, ignore_errors=True)
 
 
 def _usual_mode(folder: Path) -> int:
