@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from neurograft.errors import IncompatibleError, NeurograftError
+from neurograft.anatomy import build_skeleton
+from neurograft.errors import IncompatibleError, NeurograftError, OrganFileError
 from neurograft.layer_values import count_name, read_rows
-from neurograft.layer_weights import expected_tensors, verify_names
+from neurograft.layer_weights import to_disk, verify_names
 from neurograft.manifest import Manifest, Mode, TokenizerFingerprint
 from neurograft.models import ModelDirectory, fingerprint_tokenizer, load_tokenizer_if_any, resolve
-from neurograft.organ import Organ, config_to_json, read_organ
+from neurograft.organ import Organ, config_to_json, dtype_name, read_organ
 from neurograft.planning import check_position, plan_graft, recommended_place
 
 if TYPE_CHECKING:
@@ -167,6 +168,7 @@ def check_checkpoint(
         *_tokenizer_findings(organ.manifest.tokenizer, checkpoint.directory, trust_remote_code),
         *_alignment_findings(organ, alignment, position, chosen),
         *_manifest_findings(organ.manifest),
+        *_dtype_findings(organ),
         *(Finding(severity="notes", subject="recipient", why=note) for note in checkpoint.directory.notes),
     ]
     order = {"blocks": 0, "risks": 1, "notes": 2}
@@ -185,12 +187,18 @@ def verify_tensors(organ: Organ) -> None:
     """Check that an organ has the tensors, all and no others, that its own configuration calls for.
 
     Raises:
-        OrganFileError: Names the first missing, extra or misshapen tensor.
+        OrganFileError: Names the first tensor that is missing, extra, misshapen or of another kind of number.
     """
-    first = organ.manifest.anatomy.first_layer
-    expected = expected_tensors(organ.config(), range(first, first + organ.layer_count))
-    found = {name: tuple(tensor.shape) for name, tensor in organ.tensors.items()}
-    verify_names(found, expected, str(organ.path or organ.name))
+    first, name = organ.manifest.anatomy.first_layer, str(organ.path or organ.name)
+    expected = to_disk(build_skeleton(organ.config()), range(first, first + organ.layer_count))
+    shapes, wanted = ({key: tuple(tensor.shape) for key, tensor in t.items()} for t in (organ.tensors, expected))
+    verify_names(shapes, wanted, name)
+    for key, tensor in organ.tensors.items():
+        if tensor.is_floating_point() != expected[key].is_floating_point():
+            found, called = (str(t.dtype).removeprefix("torch.") for t in (tensor, expected[key]))
+            raise OrganFileError(
+                f"{name} holds {key} as {found} where its configuration calls for {called} or the like."
+            )
 
 
 def refuse_blocked(report: CheckReport) -> None:
@@ -367,6 +375,14 @@ def _manifest_findings(manifest: Manifest) -> list[Finding]:
         why = "an organ trained standalone, outside any model, fits nowhere without recovery"
         return [Finding(severity="risks", subject="protocol", why=why)]
     return []
+
+
+def _dtype_findings(organ: Organ) -> list[Finding]:
+    if dtype_name(organ.tensors) != "mixed":
+        return []
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in organ.tensors.values()})
+    why = f"the organ's tensors are {', '.join(dtypes)}; each is cast to what the recipient has in its place"
+    return [Finding(severity="notes", subject="dtype", why=why)]
 
 
 @dataclass(frozen=True)
