@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import Factory
 from neurograft import extract, remove, transplant
-from neurograft.errors import NeurograftError, UsageError, VerificationError
+from neurograft.errors import ModelError, NeurograftError, UsageError, VerificationError
 from neurograft.files import file_sha256
 from neurograft.organ import Organ, read_organ
 from neurograft.record import read_record

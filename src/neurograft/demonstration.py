@@ -133,7 +133,7 @@ def demo(*, quick: bool = False, folder: str | Path | None = None, show: Show | 
         try:
             return _Story(gguf, ontology, Path(temporary), quick, show).play()
         except KeyboardInterrupt as interrupt:
-            # What can be said of training, that it goes on from where it stopped, is not so in a folder that is deleted.
+            # What can be said of training, that it goes on from where it stopped, is not so in a deleted folder.
             done = str(interrupt).partition(";")[0]
             gone = "the demo's temporary folder was deleted; with --folder DIR the same command would go on from there"
             raise KeyboardInterrupt(f"{done}; {gone}" if done else gone) from interrupt
