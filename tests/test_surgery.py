@@ -190,6 +190,7 @@ def test_shifted_layers_are_probed_too(donor: Path, recipient: Path, monkeypatch
 
 
 def test_what_is_no_loaded_model(organ: Organ, recipient: Path) -> None:
+    wrong: Any
     for wrong in (None, str(recipient), torch.nn.Linear(2, 2)):
         for use in (lambda model: attach(model, organ), detach):
             with pytest.raises(UsageError, match=f"this is a {type(wrong).__name__}; load one"):
