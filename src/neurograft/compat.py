@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from neurograft.errors import IncompatibleError, NeurograftError
+from neurograft.anatomy import build_skeleton
+from neurograft.errors import IncompatibleError, NeurograftError, OrganFileError
 from neurograft.layer_values import count_name, read_rows
-from neurograft.layer_weights import expected_tensors, verify_names
+from neurograft.layer_weights import to_disk, verify_names
 from neurograft.manifest import Manifest, Mode, TokenizerFingerprint
 from neurograft.models import ModelDirectory, fingerprint_tokenizer, load_tokenizer_if_any, resolve
-from neurograft.organ import Organ, config_to_json, read_organ
+from neurograft.organ import Organ, config_to_json, dtype_name, read_organ
 from neurograft.planning import check_position, plan_graft, recommended_place
 
 if TYPE_CHECKING:
@@ -155,13 +156,19 @@ def check_checkpoint(
     if at is None and alignment is not None:
         at = alignment.position
     position, chosen = recommended_place(organ.manifest, at=at, mode=mode)
+    values = config_findings(organ.manifest, checkpoint.config)
+    places = place_findings(organ, checkpoint.skeleton, at=position, mode=chosen)
+    if any(finding.severity == "blocks" for finding in values):
+        # Layers that would compute something else are what such values come to; the values are the cause.
+        places = [finding for finding in places if finding.subject != "layers"]
     findings = [
-        *config_findings(organ.manifest, checkpoint.config),
-        *place_findings(organ, checkpoint.skeleton, at=position, mode=chosen),
+        *values,
+        *places,
         *_name_findings(organ, checkpoint),
         *_tokenizer_findings(organ.manifest.tokenizer, checkpoint.directory, trust_remote_code),
         *_alignment_findings(organ, alignment, position, chosen),
         *_manifest_findings(organ.manifest),
+        *_dtype_findings(organ),
         *(Finding(severity="notes", subject="recipient", why=note) for note in checkpoint.directory.notes),
     ]
     order = {"blocks": 0, "risks": 1, "notes": 2}
@@ -180,12 +187,18 @@ def verify_tensors(organ: Organ) -> None:
     """Check that an organ has the tensors, all and no others, that its own configuration calls for.
 
     Raises:
-        OrganFileError: Names the first missing, extra or misshapen tensor.
+        OrganFileError: Names the first tensor that is missing, extra, misshapen or of another kind of number.
     """
-    first = organ.manifest.anatomy.first_layer
-    expected = expected_tensors(organ.config(), range(first, first + organ.layer_count))
-    found = {name: tuple(tensor.shape) for name, tensor in organ.tensors.items()}
-    verify_names(found, expected, str(organ.path or organ.name))
+    first, name = organ.manifest.anatomy.first_layer, str(organ.path or organ.name)
+    expected = to_disk(build_skeleton(organ.config()), range(first, first + organ.layer_count))
+    shapes, wanted = ({key: tuple(tensor.shape) for key, tensor in t.items()} for t in (organ.tensors, expected))
+    verify_names(shapes, wanted, name)
+    for key, tensor in organ.tensors.items():
+        if tensor.is_floating_point() != expected[key].is_floating_point():
+            found, called = (str(t.dtype).removeprefix("torch.") for t in (tensor, expected[key]))
+            raise OrganFileError(
+                f"{name} holds {key} as {found} where its configuration calls for {called} or the like."
+            )
 
 
 def refuse_blocked(report: CheckReport) -> None:
@@ -304,18 +317,18 @@ def _name_findings(organ: Organ, checkpoint: Checkpoint) -> list[Finding]:
         tuple(organ.layer(0)[inner].shape) == shape for inner, shape in known.items()
     ):
         return []
-    return [
-        Finding(
-            severity="blocks",
-            subject=inner,
-            organ=list(tensor.shape),
-            recipient=list(known[inner]),
-            why="the tensor has another shape",
-        )
+    found = {
+        inner: tuple(tensor.shape)
         for index in range(organ.layer_count)
         for inner, tensor in organ.layer(index).items()
         if inner in known and known[inner] != tuple(tensor.shape)
-    ][:5]
+    }
+    if not found:
+        return []
+    first = next(iter(found))
+    others = f", as have {len(found) - 1} more of a layer's tensors" if len(found) > 1 else ""
+    why = f"the tensor has another shape{others}"
+    return [Finding(severity="blocks", subject=first, organ=list(found[first]), recipient=list(known[first]), why=why)]
 
 
 def _tokenizer_findings(
@@ -362,6 +375,14 @@ def _manifest_findings(manifest: Manifest) -> list[Finding]:
         why = "an organ trained standalone, outside any model, fits nowhere without recovery"
         return [Finding(severity="risks", subject="protocol", why=why)]
     return []
+
+
+def _dtype_findings(organ: Organ) -> list[Finding]:
+    if dtype_name(organ.tensors) != "mixed":
+        return []
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in organ.tensors.values()})
+    why = f"the organ's tensors are {', '.join(dtypes)}; each is cast to what the recipient has in its place"
+    return [Finding(severity="notes", subject="dtype", why=why)]
 
 
 @dataclass(frozen=True)

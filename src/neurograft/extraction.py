@@ -11,9 +11,6 @@ from neurograft import probe
 from neurograft.anatomy import describe
 from neurograft.checkpoint import Checkpoint, open_checkpoint
 from neurograft.errors import UsageError
-from neurograft.files import (
-    check_output_file,
-)
 from neurograft.layer_weights import expected_tensors, to_disk
 from neurograft.manifest import (
     LayerAnatomy,
@@ -27,7 +24,16 @@ from neurograft.models import (
     load_tokenizer_if_any,
     resolve,
 )
-from neurograft.organ import UNSEALED, Organ, clean_name, config_to_json, dtype_name, now
+from neurograft.organ import (
+    UNSEALED,
+    Organ,
+    check_organ_output,
+    check_version,
+    clean_name,
+    config_to_json,
+    dtype_name,
+    now,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -93,12 +99,13 @@ def extract(
         trust_remote_code: See `neurograft.models.resolve`.
 
     Raises:
-        UsageError: The range is wrong, or the file exists.
+        UsageError: The range is wrong, or the file exists or lies in the model's directory.
         ModelError: The model can't be read or cut into layers.
         OrganFileError: The layers hold NaN or infinite values.
     """
+    check_version(version)
     if output is not None:
-        check_output_file(Path(output), overwrite=overwrite)
+        check_organ_output(Path(output), overwrite=overwrite, inputs=[Path(model)])
     directory = resolve(model, trust_remote_code=trust_remote_code)
     checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
     chosen = parse_layers(layers, checkpoint.layer_count)
