@@ -302,23 +302,15 @@ def test_piped_output_is_plain(organ_file: Path) -> None:
 def test_an_interruption_ends_in_one_sentence(
     sent: signal.Signals, donor: Path, organ_file: Path, text: Path, tmp_path: Path
 ) -> None:
-    words = [
-        "train",
-        organ_file,
-        "--host",
-        donor,
-        "--data",
-        text,
-        "-o",
-        tmp_path / "new.safetensors",
-        "--steps",
-        "1000000",
-    ]
+    output = tmp_path / "new.safetensors"
+    words = ["train", organ_file, "--host", donor, "--data", text, "-o", output, "--steps", "1000000"]
+    words += ["--checkpoint-every", "0.1"]
     process = subprocess.Popen(
         [sys.executable, "-m", "neurograft", *map(str, words)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
-    time.sleep(12)
+    while not output.with_name(f"{output.name}.resume").exists() and process.poll() is None:
+        time.sleep(0.05)
     process.send_signal(sent)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
