@@ -21,6 +21,8 @@ everything else to standard error; with `--json`, standard output is one JSON do
 | 1 | the verdict is no: an organ does not fit (`check`), a gate fails (`evaluate`), a target is missed (`demo`) |
 | 2 | an error: one sentence on standard error says what is wrong, and nothing was written |
 | 130 | interrupted; nothing was written |
+
+With `NEUROGRAFT_TRACEBACK=1` in the environment, an unexpected error also shows where it came from.
 """
 
 

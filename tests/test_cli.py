@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import neurograft
+from neurograft import transplant
 from neurograft.cli import app
+from neurograft.organ import Organ
 from tiny import LAYERS
 
 Run = Callable[..., Result]
@@ -151,6 +154,95 @@ def test_errors_are_one_sentence_on_standard_error(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["organ.safetensors", "text.txt"]
 
 
+def test_no_output_replaces_an_input(run: Run, donor: Path, text: Path, organ: Organ, tmp_path: Path) -> None:
+    model, new = tmp_path / "model", tmp_path / "new"
+    shutil.copytree(donor, model)
+    organ.save(tmp_path / "organ.safetensors")
+    transplant(organ, donor, at=2, mode="replace", output=tmp_path / "grafted")
+    (model / "texts").mkdir()
+    (model / "texts" / "a.txt").write_text("nothing")
+    train = ["train", tmp_path / "organ.safetensors", "--host", model, "--data", text, "--steps", 1]
+    recover = ["recover", tmp_path / "grafted", "--data", text, "--steps", 1, "-o", new, "--save-organ"]
+    compare = ["compare", "--model", model, "--data", text, "--tokens", 9, "-o"]
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(model / "model.safetensors")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    for words, reason in [
+        (["extract", model, "-o", model / "model.safetensors"], "overlaps the input"),
+        (["extract", model, "-o", model / "organ.safetensors"], "overlaps the input"),
+        (["extract", model, "-o", link], "overlaps the input"),
+        ([*train, "-o", model / "model.safetensors"], "overlaps the input"),
+        ([*train, "-o", tmp_path / "organ.safetensors"], "overlaps the input"),
+        ([*train, "-o", tmp_path / "organ.bin"], "ends in .safetensors"),
+        ([*recover, tmp_path / "grafted" / "model.safetensors"], "overlaps the input"),
+        ([*recover, new / "organ.safetensors"], "which is written as a whole"),
+        ([*compare, model / "comparison"], "overlaps the input"),
+        ([*compare, model / "texts" / "comparison", "--general", model / "texts"], "overlaps the input"),
+    ]:
+        result = run(*words, "--overwrite")
+        assert result.exit_code == 2 and reason in result.stderr, (words, result.output)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+
+
+def test_values_that_no_command_takes(
+    run: Run, donor: Path, organ_file: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("neurograft.demonstration.find_packaged_model", lambda: donor)
+    monkeypatch.setattr("neurograft.demonstration.find_ontology", lambda: text)
+    monkeypatch.chdir(donor)  # what an empty name must not mean
+    new = tmp_path / "new.safetensors"
+    train = ["train", organ_file, "--host", donor, "--data", text, "-o", new]
+    recover = ["recover", donor, "--data", text, "-o", tmp_path / "new"]
+    (tmp_path / "other").mkdir()
+    shutil.copy(text, tmp_path / "other")
+    for words, reason in [
+        (["extract", donor, "-o", new, "--organ-version", "banana"], "'banana'; write a semantic version"),
+        ([*train, "--organ-version", "banana"], "'banana'; write a semantic version"),
+        (["extract", "", "-o", new], "the model's name is empty"),
+        (["recover", "", *recover[2:]], "'' is no directory"),
+        ([*train, "--data", ""], "a path of text is empty"),
+        *(([*words, "--seed", seed], "--seed") for words in (train, recover) for seed in (-1, 1 << 63)),
+        (["evaluate", donor, "--data", text, "--seed", -1], "--seed"),
+        *(([*train, "--epochs", value], "--epochs: Input should be a finite number") for value in ("inf", "nan")),
+        ([*recover, "--weight-decay", "inf"], "--weight-decay: Input should be a finite number"),
+        (["demo", "--folder", text], "is a file"),
+        (["evaluate", donor, "--data", text, "--data", tmp_path / "other" / text.name], "would both be called text"),
+    ]:
+        result = run(*words)
+        assert result.exit_code == 2 and reason in " ".join(result.stderr.split()), (words, result.output)
+        assert "unexpected" not in result.stderr and "Traceback" not in result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["organ.safetensors", "other", "text.txt"]
+
+
+def test_an_interrupted_demo_without_a_folder_begins_anew(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: Any) -> None:
+        raise KeyboardInterrupt("training stopped after step 3 of 9; the same command goes on from there")
+
+    monkeypatch.setattr("neurograft.demonstration.find_packaged_model", lambda: tmp_path)
+    monkeypatch.setattr("neurograft.demonstration.find_ontology", lambda: tmp_path)
+    monkeypatch.setattr("neurograft.demonstration._Story.play", interrupted)
+    result = run("demo")
+    assert result.exit_code == 130 and "after step 3 of 9; the demo's temporary folder was deleted" in result.stderr
+    assert "the same command goes on" not in result.stderr
+    assert "the same command goes on" in run("demo", "--folder", tmp_path / "kept").stderr
+
+
+def test_what_nobody_foresaw_is_no_verdict(run: Run, organ_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise KeyError("a\nb")
+
+    monkeypatch.setattr("neurograft.organ.read_manifest", fails)
+    result = run("inspect", organ_file, "--json")
+    message = json.loads(result.stdout)["error"]["message"]
+    assert result.exit_code == 2 and message.startswith("unexpected error: KeyError: ") and "report it" in message
+    assert result.stderr == f"error: {message}\n"
+    monkeypatch.setenv("NEUROGRAFT_TRACEBACK", "1")
+    shown = run("inspect", organ_file)
+    assert shown.exit_code == 2 and "in fails" in shown.stderr and shown.stdout == ""
+
+
 def test_verdicts_are_exit_status_one(
     run: Run, donor: Path, organ_file: Path, model_directory: Any, text: Path
 ) -> None:
@@ -210,23 +302,15 @@ def test_piped_output_is_plain(organ_file: Path) -> None:
 def test_an_interruption_ends_in_one_sentence(
     sent: signal.Signals, donor: Path, organ_file: Path, text: Path, tmp_path: Path
 ) -> None:
-    words = [
-        "train",
-        organ_file,
-        "--host",
-        donor,
-        "--data",
-        text,
-        "-o",
-        tmp_path / "new.safetensors",
-        "--steps",
-        "1000000",
-    ]
+    output = tmp_path / "new.safetensors"
+    words = ["train", organ_file, "--host", donor, "--data", text, "-o", output, "--steps", "1000000"]
+    words += ["--checkpoint-every", "0.1"]
     process = subprocess.Popen(
         [sys.executable, "-m", "neurograft", *map(str, words)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
-    time.sleep(12)
+    while not output.with_name(f"{output.name}.resume").exists() and process.poll() is None:
+        time.sleep(0.05)
     process.send_signal(sent)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err

@@ -11,7 +11,7 @@ import torch
 from conftest import Factory
 from neurograft import check, extract, transplant
 from neurograft.compat import CheckReport
-from neurograft.errors import IncompatibleError
+from neurograft.errors import IncompatibleError, OrganFileError
 from neurograft.identity import as_identity
 from neurograft.organ import Organ
 from tiny import LAYERS, load, make_model, make_tokenizer
@@ -52,6 +52,13 @@ def test_what_does_not_fit_is_named_with_its_values(
     with pytest.raises(IncompatibleError, match="does not fit"):
         transplant(organ, recipient, at=0, mode="insert", output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_shapes_that_differ_are_one_sentence_beside_their_cause(organ: Organ, model_directory: Factory) -> None:
+    report = check(organ, model_directory("llama", seed=1, hidden_size=64))
+    blocking = [finding for finding in report.findings if finding.severity == "blocks"]
+    assert [finding.subject for finding in blocking] == ["head_dim", "hidden_size", "input_layernorm.weight"]
+    assert blocking[-1].why == "the tensor has another shape, as have 8 more of a layer's tensors"
 
 
 def test_sliding_window(model_directory: Factory) -> None:
@@ -167,3 +174,13 @@ def test_unrelated_weights_match_nowhere(organ: Organ, recipient: Path) -> None:
 def test_checking_writes_nothing(organ_file: Path, recipient: Path, tmp_path: Path) -> None:
     check(organ_file, recipient)
     assert [path.name for path in tmp_path.iterdir()] == [organ_file.name]
+
+
+def test_tensors_of_other_dtypes(organ: Organ, recipient: Path) -> None:
+    name = "layers.0.mlp.up_proj.weight"
+    whole = Organ(organ.manifest, {**organ.tensors, name: organ.tensors[name].long()})
+    with pytest.raises(OrganFileError, match=f"holds {name} as int64 where its configuration calls for float32"):
+        check(whole, recipient)
+    mixed = Organ(organ.manifest, {**organ.tensors, name: organ.tensors[name].bfloat16()})
+    [finding] = [finding for finding in check(mixed, recipient).findings if finding.subject == "dtype"]
+    assert finding.severity == "notes" and "bfloat16, float32" in finding.why

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from conftest import Factory
 from neurograft import evaluate
 from neurograft.errors import DataError, GateError, ModelError, UsageError
 from neurograft.evaluation import EvaluationReport, document_losses, parse_data_arguments, parse_gate
@@ -180,11 +181,30 @@ def test_gates_are_checked_before_anything_is_loaded(texts: dict[str, Path]) -> 
 
 
 def test_data_arguments() -> None:
-    assert parse_data_arguments(["a=x.txt", "b=y", "a=z=1.txt"]) == {"a": ["x.txt", "z=1.txt"], "b": ["y"]}
+    assert parse_data_arguments(["a=x.txt", "b=y", "a=z=1.txt"]) == {
+        "a": ["x.txt", "z=1.txt"],
+        "b": ["y"],
+    }  # the help says so
     assert parse_data_arguments(["folder/reports.jsonl.gz"]) == {"reports": ["folder/reports.jsonl.gz"]}
     for wrong in ([], ["=x"], ["a="], [""]):
         with pytest.raises(UsageError):
             parse_data_arguments(wrong)
+
+
+def test_windows_are_no_longer_than_the_models_take(
+    texts: dict[str, Path], model_directory: Factory, recipient: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = model_directory("gpt2")
+    assert evaluate(recipient, data=texts).sequence_length == 512
+    assert evaluate(short, data=texts).sequence_length == 64
+    assert evaluate(recipient, data=texts, baseline=short).sequence_length == 64
+
+    def load_nothing(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("neurograft.evaluation.load_model", load_nothing)
+    with pytest.raises(UsageError, match="takes at most 64 positions; give --sequence-length 64 or less"):
+        evaluate(recipient, data=texts, baseline=short, sequence_length=65)
 
 
 def test_what_can_not_be_evaluated(tokenizer: Any, texts: dict[str, Path], recipient: Path) -> None:

@@ -188,3 +188,24 @@ def test_shifted_layers_are_probed_too(donor: Path, recipient: Path, monkeypatch
     model = load(recipient)
     with pytest.raises(VerificationError, match="the recipient's layer 3 would compute something else at position 5"):
         attach(model, extract(donor, layers=(0, 2)), at=0, mode="insert")
+
+
+def test_what_is_no_loaded_model(organ: Organ, recipient: Path) -> None:
+    wrong: Any
+    for wrong in (None, str(recipient), torch.nn.Linear(2, 2)):
+        for use in (lambda model: attach(model, organ), detach):
+            with pytest.raises(UsageError, match=f"this is a {type(wrong).__name__}; load one"):
+                use(wrong)
+    model = load(recipient)
+    attachment: Any = attach(model, organ, at=1, mode="insert")
+    with pytest.raises(UsageError, match=r"give the model itself, as in detach\(model\)"):
+        detach(attachment)
+    detach(model)
+
+
+def test_an_organ_that_is_detached_inside_its_block(organ: Organ, recipient: Path) -> None:
+    model = load(recipient)
+    before = logits(model)
+    with graft(model, organ, at=1, mode="insert"):
+        detach(model)
+    assert torch.equal(logits(model), before)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import Factory
 from neurograft import extract, remove, transplant
-from neurograft.errors import NeurograftError, UsageError, VerificationError
+from neurograft.errors import ModelError, NeurograftError, UsageError, VerificationError
 from neurograft.files import file_sha256
 from neurograft.organ import Organ, read_organ
 from neurograft.record import read_record
@@ -114,6 +114,28 @@ def test_a_directory_without_tokenizer(organ: Organ, tmp_path: Path) -> None:
     assert bare.manifest.tokenizer is None and bare.manifest.source.layer_start == 2
     transplant(bare, tmp_path / "bare", at=0, mode="insert", output=tmp_path / "out")
     assert remove(tmp_path / "out", output=tmp_path / "back").original_restored
+
+
+def test_a_recipient_whose_cache_transformers_can_not_use(model_directory: Factory, tmp_path: Path) -> None:
+    mamba = {"mamba_n_heads": 8, "mamba_d_state": 8, "mamba_d_head": 8, "mamba_n_groups": 1}
+    model = model_directory(
+        "granitemoehybrid", layer_types=["mamba"] * LAYERS, num_local_experts=0, shared_intermediate_size=32, **mamba
+    )
+    with pytest.raises(ModelError, match="can't generate with the cache of this granitemoehybrid model"):
+        transplant(extract(model, layers=(1, 2)), model, at=1, mode="replace", output=tmp_path / "out", verify="layers")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_with_nan_names_the_tensor_and_the_file(organ: Organ, recipient: Path, tmp_path: Path) -> None:
+    model = load(recipient)
+    with torch.no_grad():
+        model.get_parameter("model.layers.3.mlp.up_proj.weight")[0, :2] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    reason = r"model\.safetensors: the tensor model\.layers\.3\.mlp\.up_proj\.weight of model has 2 values that are NaN"
+    with pytest.raises(ModelError, match=reason):
+        transplant(organ, tmp_path / "model", at=1, mode="insert", output=tmp_path / "out", verify="layers")
+    with pytest.raises(ModelError, match=reason):
+        extract(tmp_path / "model", layers=(0, 1), verify="layers")
 
 
 def test_the_record(organ_file: Path, recipient: Path, tmp_path: Path) -> None:

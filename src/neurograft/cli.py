@@ -8,8 +8,10 @@ from __future__ import annotations
 import inspect as introspection
 import json
 import logging
+import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -139,14 +141,28 @@ def _running(as_json: bool, doing: str) -> Iterator[_Screen]:
         if ranks.claim_failure():
             screen.fail("the memory is full; nothing was written.", "MemoryError")
         raise typer.Exit(EXIT_ERROR) from error
+    except BrokenPipeError as error:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (Python flushes it when it ends)
+        raise typer.Exit(EXIT_ERROR) from error
     except Exception as error:
-        # What one process's failure makes of the others, such as a lost connection, hides the reason.
-        if ranks.several() and not ranks.claim_failure():
-            raise typer.Exit(EXIT_ERROR) from error
-        ranks.original_streams()
-        raise
+        # Whatever it is, it is no verdict, which is what Python's own exit status of 1 would mean. What one process's
+        # failure makes of the others, such as a lost connection, would hide the reason.
+        if ranks.claim_failure():
+            screen.fail(_unexpected(error), type(error).__name__)
+        raise typer.Exit(EXIT_ERROR) from error
     finally:
         logger.removeHandler(handler)
+
+
+def _unexpected(error: Exception) -> str:
+    """Say in one sentence what nobody foresaw, after the traceback if `NEUROGRAFT_TRACEBACK` asks for it."""
+    if os.environ.get("NEUROGRAFT_TRACEBACK", "") not in ("", "0"):
+        traceback.print_exception(error)
+    first = next(iter(str(error).strip().splitlines()), "no message").rstrip(".")
+    return (
+        f"unexpected error: {type(error).__name__}: {first}; please report it (with NEUROGRAFT_TRACEBACK=1 in the "
+        "environment, the same command shows where it came from)."
+    )
 
 
 def _show_version(value: bool) -> None:
@@ -446,7 +462,10 @@ def transplant(
 def evaluate(
     model: Model,
     data: Annotated[
-        list[str], typer.Option("--data", metavar="NAME=PATH", help="A data set and its name. Repeatable.")
+        list[str],
+        typer.Option(
+            "--data", metavar="NAME=PATH", help="A data set and its name. Repeatable; one name twice is one data set."
+        ),
     ],
     baseline: Annotated[
         str | None, typer.Option("--baseline", metavar="MODEL", help="A model to stand beside it.")
@@ -455,12 +474,17 @@ def evaluate(
         list[str] | None,
         typer.Option("--gate", help="Such as 'domain<=0.9*baseline'; exit status 1 if one fails. Repeatable."),
     ] = None,
-    sequence_length: Annotated[int, typer.Option("--sequence-length", min=2, help="Tokens in a window.")] = 512,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(
+            "--sequence-length", min=2, help="Tokens in a window [default: 512, or as many as the models take]."
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Windows in a forward pass.")] = 8,
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", min=1, help="At most this many tokens of each data set.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the bootstrap.")] = 0,
     text_column: TextColumn = "text",
     document_separator: Separator = None,
     encoding: Encoding = "utf-8",
@@ -499,7 +523,7 @@ def evaluate(
 @app.command()
 @partial(_with_training_options, without=("protocol", "at", "rank"))
 def recover(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A model directory that transplant wrote.")],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A model directory that transplant wrote.")],
     data: Annotated[
         list[str],
         typer.Option("--data", metavar="PATH", help="General or domain text to train on. Repeatable."),
@@ -550,8 +574,8 @@ def recover(
     with _running(as_json, "reading the model") as screen:
         from neurograft import recovery, render
 
-        if not directory.is_dir():
-            raise UsageError(f"{directory} is no directory; give the one that transplant wrote.")
+        if not directory or not Path(directory).is_dir():
+            raise UsageError(f"{directory!r} is no directory; give the one that transplant wrote.")
         with _training_display(screen) as progress:
             record = recovery.recover(
                 directory,
@@ -577,7 +601,7 @@ def recover(
 
 @app.command()
 def remove(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A model directory that transplant wrote.")],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A model directory that transplant wrote.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Model directory to write.")],
     organ: Annotated[
         str | None, typer.Option("--organ", metavar="NAME", help="Which organ, if there are several.")
@@ -591,8 +615,8 @@ def remove(
     with _running(as_json, "reading the model") as screen:
         from neurograft import removal, render
 
-        if not directory.is_dir():
-            raise UsageError(f"{directory} is no directory; give the one that transplant wrote.")
+        if not directory or not Path(directory).is_dir():
+            raise UsageError(f"{directory!r} is no directory; give the one that transplant wrote.")
         result = removal.remove(
             directory, organ=organ, output=output, link=link, overwrite=overwrite, trust_remote_code=trust_remote_code
         )

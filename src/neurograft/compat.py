@@ -11,19 +11,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from neurograft.anatomy import build_skeleton
 from neurograft.checkpoint import Checkpoint, open_checkpoint
-from neurograft.errors import IncompatibleError, NeurograftError
+from neurograft.errors import IncompatibleError, NeurograftError, OrganFileError
 from neurograft.findings import Finding, Severity
 from neurograft.layer_values import count_name, read_rows
-from neurograft.layer_weights import expected_tensors, verify_names
+from neurograft.layer_weights import to_disk, verify_names
 from neurograft.manifest import Manifest, Mode, TokenizerFingerprint
 from neurograft.models import resolve
 from neurograft.number_formats import first_rows
-from neurograft.organ import Organ, config_to_json, open_organ
+from neurograft.organ import Organ, config_to_json, open_organ, pieces_dtype
 from neurograft.planning import plan_graft
 from neurograft.steps import check_position, recommended_place
 from neurograft.studies import Layout, study_graft, studying
-from neurograft.tensor_files import Piece, same_kinds
+from neurograft.tensor_files import Piece, same_kinds, torch_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -146,13 +147,14 @@ def check_checkpoint(
         checkpoint.directory, organ.manifest, at=position, mode=chosen, trust_remote_code=trust_remote_code
     )
     if study.expected is not None:
-        _verify_layouts(organ, study.expected)
+        _verify_layouts(organ, study.expected, study.expected_dtypes)
     findings = [
         *study.findings,
         *_name_findings(organ, checkpoint),
         *_tokenizer_findings(organ.manifest.tokenizer, checkpoint.study.tokenizer),
         *_alignment_findings(organ, alignment, position, chosen),
         *_manifest_findings(organ.manifest),
+        *_dtype_findings(organ),
         *(Finding(severity="notes", subject="recipient", why=note) for note in checkpoint.directory.notes),
     ]
     order = {"blocks": 0, "risks": 1, "notes": 2}
@@ -168,24 +170,23 @@ def check_checkpoint(
     return report, None if report.blocked else study.config
 
 
-def _verify_layouts(organ: Organ, expected: Sequence[Layout]) -> None:
+def _verify_layouts(organ: Organ, expected: Sequence[Layout], dtypes: Mapping[str, str]) -> None:
     """Check that an organ has the tensors, all and no others, that its own configuration calls for.
 
     Raises:
-        OrganFileError: Names the first missing, extra or misshapen tensor.
+        OrganFileError: Names the first tensor that is missing, extra, misshapen or of another kind of number.
     """
     named = {
         f"layers.{layer}.{inner}": shape for layer, layout in enumerate(expected) for inner, shape in layout.items()
     }
-    found = {name: piece.shape for name, piece in organ.pieces.items()}
-    verify_names(found, named, str(organ.path or organ.name))
+    _verify_kinds(organ, named, dtypes)
 
 
 def verify_tensors(organ: Organ) -> None:
     """Check that an organ has the tensors, all and no others, that its own configuration calls for.
 
     Raises:
-        OrganFileError: Names the first missing, extra or misshapen tensor.
+        OrganFileError: Names the first tensor that is missing, extra, misshapen or of another kind of number.
     """
     if organ.manifest.is_packed:
         raise IncompatibleError(
@@ -193,9 +194,20 @@ def verify_tensors(organ: Organ) -> None:
             f"transplant it on disk."
         )
     first = organ.manifest.anatomy.first_layer
-    expected = expected_tensors(organ.config(), range(first, first + organ.layer_count))
-    found = {name: tuple(tensor.shape) for name, tensor in organ.tensors.items()}
-    verify_names(found, expected, str(organ.path or organ.name))
+    expected = to_disk(build_skeleton(organ.config()), range(first, first + organ.layer_count))
+    dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in expected.items()}
+    _verify_kinds(organ, {name: tuple(tensor.shape) for name, tensor in expected.items()}, dtypes)
+
+
+def _verify_kinds(organ: Organ, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]) -> None:
+    name, pieces = str(organ.path or organ.name), organ.pieces
+    verify_names({key: piece.shape for key, piece in pieces.items()}, shapes, name)
+    for key, piece in pieces.items():
+        found = torch_name(piece.dtype)
+        if ("float" in found) != ("float" in dtypes[key]):
+            raise OrganFileError(
+                f"{name} holds {key} as {found} where its configuration calls for {dtypes[key]} or the like."
+            )
 
 
 def refuse_blocked(report: CheckReport) -> None:
@@ -312,18 +324,18 @@ def _name_findings(organ: Organ, checkpoint: Checkpoint) -> list[Finding]:
         known.update(
             {inner: piece.shape for inner, piece in checkpoint.layer_pieces(layer).items() if inner not in known}
         )
-    return [
-        Finding(
-            severity="blocks",
-            subject=inner,
-            organ=list(piece.shape),
-            recipient=list(known[inner]),
-            why="the tensor has another shape",
-        )
+    found = {
+        inner: piece.shape
         for index in range(organ.layer_count)
         for inner, piece in organ.layer_pieces(index).items()
         if inner in known and known[inner] != piece.shape
-    ][:5]
+    }
+    if not found:
+        return []
+    first = next(iter(found))
+    others = f", as have {len(found) - 1} more of a layer's tensors" if len(found) > 1 else ""
+    why = f"the tensor has another shape{others}"
+    return [Finding(severity="blocks", subject=first, organ=list(found[first]), recipient=list(known[first]), why=why)]
 
 
 def _packing_findings(organ: Organ, checkpoint: Checkpoint) -> list[Finding]:
@@ -387,6 +399,14 @@ def _manifest_findings(manifest: Manifest) -> list[Finding]:
         why = "an organ trained standalone, outside any model, fits nowhere without recovery"
         return [Finding(severity="risks", subject="protocol", why=why)]
     return []
+
+
+def _dtype_findings(organ: Organ) -> list[Finding]:
+    if organ.manifest.is_packed or pieces_dtype(organ.pieces) != "mixed":
+        return []
+    dtypes = sorted({torch_name(piece.dtype) for piece in organ.pieces.values()})
+    why = f"the organ's tensors are {', '.join(dtypes)}; each is cast to what the recipient has in its place"
+    return [Finding(severity="notes", subject="dtype", why=why)]
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,8 @@ def read_documents(
     several = [paths] if isinstance(paths, (str, Path)) else list(paths)
     documents: list[str] = []
     for path in several:
+        if not str(path):
+            raise DataError("a path of text is empty; give a file, a folder or a Hub dataset id.")
         texts = list(_read_path(path, text_column, document_separator, encoding))
         if not texts:
             raise DataError(f"there is no text in {path}.")

@@ -19,8 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from neurograft import data as text_data
-from neurograft.errors import ModelError, NeurograftError
-from neurograft.files import atomic_directory, human_bytes
+from neurograft.errors import ModelError, NeurograftError, UsageError
+from neurograft.files import atomic_directory, explained_os_errors, human_bytes
 from neurograft.layer_weights import quiet_transformers
 from neurograft.models import cache_directory
 
@@ -119,14 +119,24 @@ def demo(*, quick: bool = False, folder: str | Path | None = None, show: Show | 
         show: Called with each thing to be shown, a rich renderable; left out, nothing is shown.
 
     Raises:
+        UsageError: `folder` is a file.
         ModelError: The packaged model or ontology is not installed; says which command installs it.
     """
     gguf, ontology = find_packaged_model(), find_ontology()
     if folder is not None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        if Path(folder).exists() and not Path(folder).is_dir():
+            raise UsageError(f"{folder} is a file; give the name of a folder for the demo's files.")
+        with explained_os_errors(Path(folder)):
+            Path(folder).mkdir(parents=True, exist_ok=True)
         return _Story(gguf, ontology, Path(folder), quick, show).play()
     with tempfile.TemporaryDirectory(prefix="neurograft-demo-") as temporary:
-        return _Story(gguf, ontology, Path(temporary), quick, show).play()
+        try:
+            return _Story(gguf, ontology, Path(temporary), quick, show).play()
+        except KeyboardInterrupt as interrupt:
+            # What can be said of training, that it goes on from where it stopped, is not so in a deleted folder.
+            done = str(interrupt).partition(";")[0]
+            gone = "the demo's temporary folder was deleted; with --folder DIR the same command would go on from there"
+            raise KeyboardInterrupt(f"{done}; {gone}" if done else gone) from interrupt
 
 
 def find_packaged_model() -> Path:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from neurograft import data as text_data
 from neurograft.errors import DataError, GateError, ModelError, UsageError
+from neurograft.models import ModelDirectory, fit_sequence_length, load_config, load_model, load_tokenizer, resolve
 
 if TYPE_CHECKING:
     import numpy
@@ -26,6 +27,7 @@ log = logging.getLogger("neurograft")
 
 LoadedModel = tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
 Progress = Callable[[int, int], None]
+DEFAULT_LENGTH = 512  # tokens in a window
 
 _GATE = re.compile(r"^\s*([\w.-]+)\s*(<=|>=|<|>)\s*(?:(\d+(?:\.\d+)?)\s*\*\s*)?(baseline|\d+(?:\.\d+)?)\s*$")
 _OPERATORS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
@@ -109,15 +111,19 @@ def parse_data_arguments(arguments: Sequence[str]) -> dict[str, list[str]]:
     """Read `NAME=PATH` arguments; a bare path is named after its file, and a name given twice joins its paths.
 
     Raises:
-        UsageError: A name or a path is empty, or none is given.
+        UsageError: A name or a path is empty, none is given, or a path would be joined with others by its file's name.
     """
     named: dict[str, list[str]] = {}
+    bare: set[str] = set()
     for argument in arguments:
         name, found, path = argument.partition("=")
         if not found or "/" in name:
             name, path = Path(argument).name.split(".")[0], argument
+            bare.add(name)
         if not name or not path:
             raise UsageError(f"the data argument {argument!r} can't be read; write NAME=PATH.")
+        if name in bare and name in named:
+            raise UsageError(f"{named[name][0]} and {path} would both be called {name}; write --data NAME=PATH.")
         named.setdefault(name, []).append(path)
     if not named:
         raise UsageError("no data was given; write --data NAME=PATH.")
@@ -146,7 +152,7 @@ def evaluate(
     data: Mapping[str, str | Path | Sequence[str | Path]],
     baseline: str | Path | LoadedModel | None = None,
     gates: Sequence[str] = (),
-    sequence_length: int = 512,
+    sequence_length: int | None = None,
     batch_size: int = 8,
     max_tokens: int | None = None,
     text_column: str = "text",
@@ -164,7 +170,8 @@ def evaluate(
         data: Name -> files, folders or a Hub dataset id; see `neurograft.data.read_documents`.
         baseline: A model to stand beside it on the same documents; intervals of ratios are then paired.
         gates: Such as `domain<=0.9*baseline`; see `parse_gate`.
-        sequence_length: Tokens in a window; longer documents are cut into windows that overlap by half.
+        sequence_length: Tokens in a window; longer documents are cut into windows that overlap by half. Left out, 512,
+            or as many as both models have positions.
         batch_size: Windows in a forward pass.
         max_tokens: At most about this many tokens of each data set, whole documents from its start.
         text_column: Column that holds the text, in tables.
@@ -177,8 +184,11 @@ def evaluate(
 
     Raises:
         GateError: A gate can't be read, or names what is not measured. Checked before anything is loaded.
+        UsageError: The seed is negative. The windows are longer than a model takes. Checked before weights are loaded.
         DataError, ModelError: Text or a model can't be read, or a loss is not finite.
     """
+    if seed < 0:
+        raise UsageError(f"the seed is {seed}; it must not be negative.")
     parsed = _check_gates(gates, data, has_baseline=baseline is not None)
     documents = {
         name: text_data.read_documents(
@@ -186,20 +196,23 @@ def evaluate(
         )
         for name, paths in data.items()
     }
-    models = [model] if baseline is None else [model, baseline]
+    given = [model] if baseline is None else [model, baseline]
+    names = [_name(candidate) for candidate in given]
+    models = [
+        candidate if isinstance(candidate, tuple) else resolve(candidate, trust_remote_code=trust_remote_code)
+        for candidate in given
+    ]
+    sequence_length = _window_length(models, names, sequence_length, trust_remote_code)
     scores: list[dict[str, _Scores]] = []
     for number, candidate in enumerate(models):
-        log.info("evaluating %s", _name(candidate))
+        log.info("evaluating %s", names[number])
         loaded, tokenizer = _load(candidate, trust_remote_code)
         if number == 0:
             documents = {name: _first_documents(texts, tokenizer, max_tokens) for name, texts in documents.items()}
         counter = _counter(progress, documents, tokenizer, number, len(models))
         settings = {"sequence_length": sequence_length, "batch_size": batch_size, "progress": counter}
         scores.append(
-            {
-                name: _score(loaded, tokenizer, name, texts, _name(candidate), settings)
-                for name, texts in documents.items()
-            }
+            {name: _score(loaded, tokenizer, name, texts, names[number], settings) for name, texts in documents.items()}
         )
         del loaded
     others: list[_Scores | None] = [scores[1][name] if baseline is not None else None for name in documents]
@@ -209,8 +222,8 @@ def evaluate(
     }
     verdicts = [_apply(gate, results[gate.name]) for gate in parsed]
     return EvaluationReport(
-        model=_name(model),
-        baseline=None if baseline is None else _name(baseline),
+        model=names[0],
+        baseline=None if baseline is None else names[1],
         sequence_length=sequence_length,
         seed=seed,
         data=results,
@@ -229,6 +242,21 @@ def _check_gates(gates: Sequence[str], data: Mapping[str, Any], *, has_baseline:
     return parsed
 
 
+def _window_length(
+    models: Sequence[ModelDirectory | LoadedModel], names: Sequence[str], given: int | None, trust_remote_code: bool
+) -> int:
+    """Return a length of windows that all models take."""
+    return min(
+        fit_sequence_length(
+            given,
+            DEFAULT_LENGTH,
+            model[0].config if isinstance(model, tuple) else load_config(model, trust_remote_code=trust_remote_code),
+            name,
+        )
+        for model, name in zip(models, names, strict=True)
+    )
+
+
 def _name(model: str | Path | LoadedModel) -> str:
     if isinstance(model, tuple):
         return Path(model[0].config.name_or_path or "").name or model[0].config.model_type
@@ -236,16 +264,13 @@ def _name(model: str | Path | LoadedModel) -> str:
     return path.name if path.exists() else str(model)
 
 
-def _load(model: str | Path | LoadedModel, trust_remote_code: bool) -> LoadedModel:
+def _load(model: ModelDirectory | LoadedModel, trust_remote_code: bool) -> LoadedModel:
     import torch
-
-    from neurograft.models import load_model, load_tokenizer, resolve
 
     if isinstance(model, tuple):
         return model
-    directory = resolve(model, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
-    loaded = load_model(directory, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    loaded = load_model(model, trust_remote_code=trust_remote_code)
     torch.nn.Module.to(loaded, torch.accelerator.current_accelerator() or torch.device("cpu"))
     return loaded, tokenizer
 
@@ -285,7 +310,6 @@ def _score(
 ) -> _Scores:
     import numpy
 
-    _check_length(model, settings["sequence_length"], model_name)
     token_lists = text_data.tokenize_documents(documents, tokenizer)
     pairs = document_losses(model, token_lists, separator_id=text_data.separator_token(tokenizer), **settings)
     losses = numpy.array([loss for loss, _ in pairs])
@@ -297,12 +321,6 @@ def _score(
     if tokens.sum() == 0:
         raise DataError(f"the tokenizer of {model_name} makes no tokens of {name}.")
     return _Scores(losses, tokens, numpy.array([len(document.encode()) for document in documents]))
-
-
-def _check_length(model: PreTrainedModel, sequence_length: int, name: str) -> None:
-    longest = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
-    if isinstance(longest, int) and sequence_length > longest:
-        raise UsageError(f"the sequence length is {sequence_length}, and {name} takes at most {longest} positions.")
 
 
 @dataclass(frozen=True)

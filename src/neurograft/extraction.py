@@ -11,9 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from neurograft.checkpoint import Checkpoint, open_checkpoint
 from neurograft.errors import UsageError
-from neurograft.files import (
-    check_output_file,
-)
 from neurograft.hub import hub_layers
 from neurograft.manifest import (
     UNSEALED,
@@ -29,7 +26,16 @@ from neurograft.models import (
     resolve,
 )
 from neurograft.number_formats import digest_pieces
-from neurograft.organ import LazyTensors, Organ, clean_name, now, pieces_dtype, pieces_of
+from neurograft.organ import (
+    LazyTensors,
+    Organ,
+    check_organ_output,
+    check_version,
+    clean_name,
+    now,
+    pieces_dtype,
+    pieces_of,
+)
 from neurograft.studies import studying
 
 if TYPE_CHECKING:
@@ -99,12 +105,13 @@ def extract(
         trust_remote_code: See `neurograft.models.resolve`.
 
     Raises:
-        UsageError: The range is wrong, or the file exists.
+        UsageError: The range is wrong, or the file exists or lies in the model's directory.
         ModelError: The model can't be read or cut into layers.
         OrganFileError: The layers hold NaN or infinite values.
     """
+    check_version(version)
     if output is not None:
-        check_output_file(Path(output), overwrite=overwrite)
+        check_organ_output(Path(output), overwrite=overwrite, inputs=[Path(model)])
     with (
         studying(),
         _opened(model, layers, whole=verify == "layers", trust_remote_code=trust_remote_code) as (checkpoint, chosen),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
+import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 CHUNK_BYTES = 1 << 22
+_NEW_SECONDS = 10
 
 
 def human_bytes(count: int) -> str:
@@ -43,16 +47,13 @@ def atomic_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
         NeurograftError: The disk is full or the folder can't be written to.
     """
     check_output_file(path, overwrite=overwrite)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with explained_os_errors(path):
-            yield temporary
-            temporary.chmod(_usual_mode(path.parent))
-            fsync(temporary)
-            os.replace(temporary, path)
-            fsync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with explained_os_errors(path), _folder_beside(path) as folder:
+        temporary = folder / path.name
+        yield temporary
+        temporary.chmod(_usual_mode(path.parent))
+        fsync(temporary)
+        os.replace(temporary, path)
+        fsync(path.parent)
 
 
 @contextmanager
@@ -64,21 +65,60 @@ def atomic_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
         NeurograftError: The disk is full or the folder can't be written to.
     """
     check_output_directory(path, overwrite=overwrite)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with explained_os_errors(path), _folder_beside(path) as temporary:
+        mode = _usual_mode(temporary)
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file() and file.stat().st_nlink == 1:  # a hard link is someone else's file too
+                file.chmod(mode)
+            fsync(file)
+        fsync(temporary)
+        _swap_in(temporary, path)
+        fsync(path.parent)
+
+
+@contextmanager
+def _folder_beside(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path`, locked while it is in use and gone afterwards, whatever happens.
+
+    Only a process that is killed outright leaves one; the next that writes the same path clears it.
+    """
+    _clear_left(path)
+    folder = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    folder.mkdir()
     try:
-        with explained_os_errors(path):
-            temporary.mkdir()
-            mode = _usual_mode(temporary)
-            yield temporary
-            for file in temporary.rglob("*"):
-                if file.is_file() and file.stat().st_nlink == 1:  # a hard link is someone else's file too
-                    file.chmod(mode)
-                fsync(file)
-            fsync(temporary)
-            _swap_in(temporary, path)
-            fsync(path.parent)
+        with _locked(folder):
+            yield folder
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold the lock of a folder, which the system releases when the process ends; yield whether it was free."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # another process holds it, or the file system has no locks
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
+def _clear_left(path: Path) -> None:
+    """Delete what killed processes left of writing `path`; what is new may be about to be locked."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")
+    for left in path.parent.iterdir():
+        if not name.fullmatch(left.name):
+            continue
+        with suppress(OSError):  # another process may clear it at the same time
+            if time.time() - left.stat().st_mtime > _NEW_SECONDS:
+                with _locked(left) as free:
+                    if free:
+                        shutil.rmtree(left, ignore_errors=True)
 
 
 def _usual_mode(folder: Path) -> int:
@@ -106,10 +146,17 @@ def _swap_in(temporary: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def check_output_file(path: Path, *, overwrite: bool) -> None:
-    """Refuse an output file that exists (unless `overwrite`) or whose folder does not."""
+def check_output_file(path: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
+    """Refuse an output file that exists (unless `overwrite`) or whose folder does not.
+
+    Args:
+        path: The file to be written.
+        overwrite: Whether an existing file may be replaced.
+        inputs: Files and directories that are read: the output may be none of them, and lie in none.
+    """
     if path.is_dir():
         raise UsageError(f"{path} is a directory; give the name of a file to write.")
+    refuse_overlap(path, inputs)
     if path.exists() and not overwrite:
         raise UsageError(f"{path} exists already; choose another name or pass --overwrite.")
     if not path.parent.is_dir():
@@ -124,12 +171,7 @@ def check_output_directory(path: Path, *, overwrite: bool, inputs: Iterable[Path
         overwrite: Whether an existing model directory may be replaced.
         inputs: Files and directories that are read: the output may be none of them, hold none of them, and lie in none.
     """
-    resolved = path.resolve()
-    for source in (item.resolve() for item in inputs):
-        if resolved == source or resolved in source.parents or source in resolved.parents:
-            raise UsageError(
-                f"the output {path} overlaps the input {source}, which must stay as it is; choose another."
-            )
+    refuse_overlap(path, inputs)
     if path.is_file():
         raise UsageError(f"{path} is a file; give the name of a directory to write.")
     if path.exists() and not overwrite:
@@ -138,6 +180,16 @@ def check_output_directory(path: Path, *, overwrite: bool, inputs: Iterable[Path
         raise UsageError(f"{path} exists and is no model directory (no config.json), so it is not overwritten.")
     if not path.parent.is_dir():
         raise UsageError(f"the folder {path.parent} does not exist; create it first.")
+
+
+def refuse_overlap(path: Path, inputs: Iterable[Path]) -> None:
+    """Refuse an output that is an input, holds one or lies in one; inputs that do not exist overlap nothing."""
+    resolved = path.resolve()
+    for source in (item.resolve() for item in inputs if os.path.exists(item)):
+        if resolved == source or resolved in source.parents or source in resolved.parents:
+            raise UsageError(
+                f"the output {path} overlaps the input {source}, which must stay as it is; choose another."
+            )
 
 
 def require_space(folder: Path, needed: int) -> None:

@@ -119,7 +119,7 @@ class VocabularySample:
 
     def draw(self, seed: int) -> None:
         """Choose other tokens; the same seed chooses the same."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed % (1 << 63))
         picked = torch.randint(max(len(self._left), 1), (self._others,), generator=generator)
         self._picked = self._left[picked.to(self._left.device)]
 

@@ -20,6 +20,7 @@ Protocol = Literal["in_place", "insert", "standalone"]
 Scope = Literal["organ", "neighbours", "seams"]
 Unfreeze = Literal["at_once", "gradual"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
+VERSION_PATTERN = r"^\d+\.\d+\.\d+([-+][0-9A-Za-z.+-]+)?$"
 # A record may come from anywhere, and what it names is read and copied: nothing outside the folder of explants.
 ExplantPath = Annotated[str, Field(pattern=r"^explants/[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors$")]
 
@@ -121,7 +122,7 @@ class Manifest(_Part):
 
     schema_version: Annotated[int, Field(ge=1)] = SCHEMA_VERSION
     name: Name
-    version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+([-+][0-9A-Za-z.+-]+)?$")] = "0.1.0"
+    version: Annotated[str, Field(pattern=VERSION_PATTERN)] = "0.1.0"
     """Semantic version of the organ."""
     license: str | None = None
     description: str | None = None

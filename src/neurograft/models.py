@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neurograft.errors import ModelError
+from neurograft.errors import ModelError, UsageError
 from neurograft.files import atomic_directory, combine_digests, file_sha256, require_space
 from neurograft.layer_weights import quiet_transformers
 from neurograft.manifest import TokenizerFingerprint
@@ -68,6 +68,8 @@ def resolve(reference: str | Path, *, trust_remote_code: bool = False) -> ModelD
         ModelError: Nothing is found there, or it is no model that neurograft reads.
     """
     text, path = str(reference), Path(reference)
+    if not text:
+        raise ModelError("the model's name is empty; give a transformers directory, a .gguf file or a Hub id.")
     if path.is_dir():
         directory = ModelDirectory(path.resolve(), path.resolve().name)
     elif path.suffix == ".gguf":
@@ -202,6 +204,53 @@ def load_config(directory: ModelDirectory, *, trust_remote_code: bool = False) -
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"transformers can't load the configuration of {directory.name}: {reason}") from error
+
+
+def find_not_finite(folder: Path) -> tuple[Path, str, int] | None:
+    """Return the first tensor in a folder's safetensors files with values that are NaN or infinite.
+
+    Returns:
+        Its file, its name there, and how many such values it has; `None` if all are finite.
+    """
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as stream:
+            for key in stream.keys():  # noqa: SIM118 (not a mapping)
+                tensor = stream.get_tensor(key)
+                if tensor.is_floating_point() and tensor.element_size() > 1 and not tensor.isfinite().all():
+                    return path, key, int((~tensor.isfinite()).sum())
+    return None
+
+
+def position_limit(config: PreTrainedConfig) -> int | None:
+    """Return how many positions a model takes, by its configuration; `None` if that sets no limit."""
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    found = (getattr(config, name, None) for name in names)
+    return next((limit for limit in found if isinstance(limit, int) and limit > 0), None)
+
+
+def fit_sequence_length(given: int | None, usual: int, config: PreTrainedConfig, name: str) -> int:
+    """Return the sequence length to work with: what was asked for, or the usual one as far as the model takes it.
+
+    Args:
+        given: Tokens in a sequence; `None` if nothing was asked for.
+        usual: What to take then, if the model takes as many positions.
+        config: The model's configuration.
+        name: The model's name, for the message.
+
+    Raises:
+        UsageError: More was asked for than the model has positions.
+    """
+    limit = position_limit(config)
+    if limit is None:
+        return usual if given is None else given
+    if given is not None and given > limit:
+        raise UsageError(
+            f"the sequence length is {given}, and {name} takes at most {limit} positions; give --sequence-length "
+            f"{limit} or less."
+        )
+    return min(usual, limit) if given is None else given
 
 
 def load_model(

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +17,11 @@ from neurograft.errors import ModelError, OrganFileError, UsageError
 from neurograft.files import (
     CHUNK_BYTES,
     atomic_file,
+    check_output_file,
     combine_digests,
     require_space,
 )
-from neurograft.manifest import SCHEMA_VERSION, UNSEALED, Manifest
+from neurograft.manifest import SCHEMA_VERSION, UNSEALED, VERSION_PATTERN, Manifest
 from neurograft.number_formats import digest_pieces, held, load_piece
 from neurograft.tensor_files import (
     MAX_HEADER_BYTES,
@@ -151,6 +152,16 @@ def clean_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:96] or "organ"
 
 
+def check_version(version: str) -> None:
+    """Refuse a version that a manifest does not accept.
+
+    Raises:
+        UsageError: It is no semantic version.
+    """
+    if not re.match(VERSION_PATTERN, version):
+        raise UsageError(f"the organ's version is {version!r}; write a semantic version, such as 1.0.2.")
+
+
 def dtype_name(tensors: Mapping[str, torch.Tensor]) -> str:
     """Return the floating-point dtype of some tensors, such as `float32`; `mixed` if they differ."""
     names = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.is_floating_point()}
@@ -171,13 +182,19 @@ def pieces_dtype(pieces: Mapping[str, Piece]) -> str:
     return names.pop() if len(names) == 1 else "mixed"
 
 
+def check_organ_output(path: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
+    """Refuse, before any work is done, a file that an organ can't be written to; see `files.check_output_file`."""
+    if path.suffix != ".safetensors":
+        raise UsageError(f"an organ file's name ends in .safetensors, and {path} does not.")
+    check_output_file(path, overwrite=overwrite, inputs=inputs)
+
+
 def write_organ(organ: Organ, path: Path, *, overwrite: bool = False) -> Organ:
     """Write an organ file; see `Organ.save`.
 
     The bytes are read twice: the header, which stands in front of them, holds their digests.
     """
-    if path.suffix != ".safetensors":
-        raise UsageError(f"an organ file's name ends in .safetensors, and {path} does not.")
+    check_organ_output(path, overwrite=overwrite)
     pieces = in_file_order(organ.pieces)
     digests = digest_pieces(pieces, finite_in=organ.name)
     update = {

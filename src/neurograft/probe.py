@@ -7,12 +7,15 @@ gave where they came from, and they are asked again wherever the organ is put.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neurograft.errors import ModelError, VerificationError
 from neurograft.manifest import Probe
+from neurograft.models import find_not_finite
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +29,8 @@ SIGNED_SUMS = 4
 # machines differ by rounding; a cast to a narrower dtype by that dtype's precision, which mixtures of experts amplify.
 TOLERANCE_SAME_DTYPE = 2e-3
 TOLERANCE_OTHER_DTYPE = 0.15
+# What models raise whose code and configuration do not go together.
+_MODEL_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError)
 
 
 def probe_layers(model: PreTrainedModel, layers_path: str) -> torch.Tensor:
@@ -94,13 +99,24 @@ def refuse_future_leak(model: PreTrainedModel, name: str) -> None:
     """Refuse a model whose earlier positions see later tokens.
 
     Raises:
-        ModelError: The model is not causal.
+        ModelError: The model is not causal, or its logits are not finite.
     """
     leak = future_leak(model)
+    if not math.isfinite(leak):
+        raise ModelError(_explain_not_finite(model, name))
     if not leak < 1e-3:
         raise ModelError(
             f"{name} is not causal: changing the last token moves earlier logits by {leak:.2g} of their size."
         )
+
+
+def _explain_not_finite(model: PreTrainedModel, name: str) -> str:
+    """Say which tensor in a model's files is behind logits that are NaN or infinite."""
+    found = find_not_finite(Path(model.config.name_or_path or "nowhere"))
+    if found is None:
+        return f"the logits of {name} are NaN or infinite, although its weights are finite."
+    file, key, count = found
+    return f"{file}: the tensor {key} of {name} has {count} values that are NaN or infinite."
 
 
 def to_manifest(answers: torch.Tensor, dtype: str) -> Probe:
@@ -203,7 +219,11 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 def cache_gap(model: PreTrainedModel) -> float:
     """Return how far logits computed with the KV cache are from those of one pass, relative to their size.
 
-    For models that keep another kind of state and do not return it, the share of greedily generated tokens that differ.
+    For models that keep another kind of state and do not return it, or whose cache can't be used step by step, the
+    share of greedily generated tokens that differ.
+
+    Raises:
+        ModelError: transformers can't generate with this model's cache.
     """
     import torch
 
@@ -211,15 +231,28 @@ def cache_gap(model: PreTrainedModel) -> float:
     half = TOKENS // 2
     with _eval_mode(model), torch.no_grad():
         whole = model(input_ids=tokens, use_cache=False).logits[0, half:].float()  # (T/2, vocabulary)
-        output = model(input_ids=tokens[:, : half + 1], use_cache=True)
-        if getattr(output, "past_key_values", None) is None:
+        try:
+            steps = _cached_logits(model, tokens, half)
+        except _MODEL_ERRORS:
+            steps = None
+        if steps is None:
             return _generation_gap(model, tokens)
-        steps = [output.logits[0, -1]]
-        for position in range(half + 1, TOKENS):
-            step = tokens[:, position : position + 1]
-            output = model(input_ids=step, past_key_values=output.past_key_values, use_cache=True)
-            steps.append(output.logits[0, -1])
-    return float((torch.stack(steps).float() - whole).abs().max() / whole.abs().max().clamp_min(1e-6))
+    return float((steps.float() - whole).abs().max() / whole.abs().max().clamp_min(1e-6))
+
+
+def _cached_logits(model: Any, tokens: torch.Tensor, half: int) -> torch.Tensor | None:
+    """Return the logits from position `half` on, a step each with the KV cache; `None` if the model returns none."""
+    import torch
+
+    output = model(input_ids=tokens[:, : half + 1], use_cache=True)
+    if getattr(output, "past_key_values", None) is None:
+        return None
+    steps = [output.logits[0, -1]]
+    for position in range(half + 1, TOKENS):
+        step = tokens[:, position : position + 1]
+        output = model(input_ids=step, past_key_values=output.past_key_values, use_cache=True)
+        steps.append(output.logits[0, -1])
+    return torch.stack(steps)  # (T/2, vocabulary)
 
 
 def _generation_gap(model: Any, tokens: torch.Tensor) -> float:
@@ -227,7 +260,14 @@ def _generation_gap(model: Any, tokens: torch.Tensor) -> float:
 
     settings = {"max_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     mask = torch.ones_like(tokens)
-    cached, uncached = (
-        model.generate(tokens, attention_mask=mask, use_cache=use_cache, **settings)[0] for use_cache in (True, False)
-    )
+    try:
+        cached, uncached = (
+            model.generate(tokens, attention_mask=mask, use_cache=use_cache, **settings)[0]
+            for use_cache in (True, False)
+        )
+    except _MODEL_ERRORS as error:
+        raise ModelError(
+            f"transformers can't generate with the cache of this {model.config.model_type} model "
+            f"({type(error).__name__}: {_first_line(error)}), so no transplant in it can be verified."
+        ) from error
     return float((cached != uncached).float().mean())

@@ -17,13 +17,13 @@ from neurograft import evaluation, probe
 from neurograft.anatomy import describe
 from neurograft.errors import ModelError, UsageError
 from neurograft.evaluation import DataSetResult
-from neurograft.files import atomic_directory, check_output_directory, check_output_file
+from neurograft.files import atomic_directory, check_output_directory
 from neurograft.manifest import Evaluation, Recovery, Scope, SurgicalRecord, Training, Unfreeze
-from neurograft.models import ModelDirectory, load_model_and_unused, load_tokenizer, resolve
-from neurograft.organ import now
+from neurograft.models import ModelDirectory, load_config, load_model_and_unused, load_tokenizer, resolve
+from neurograft.organ import check_organ_output, now
 from neurograft.recovery_files import recovered_organ, take_over_written, write_record, write_recovered
 from neurograft.training.loop import ProgressCallback, Texts
-from neurograft.training.options import TrainingOptions, parse_options
+from neurograft.training.options import TrainingOptions, fit_to_model, parse_options
 from neurograft.training.protocols import NO_EFFECT, hyperparameters_of, read_texts, versions
 from neurograft.training.recovery import Recovered, RecoveryPlan, plan_recovery, stage_path, train_stages
 from neurograft.transplanted import Transplanted
@@ -103,8 +103,10 @@ def recover(
     output = Path(output)
     source = resolve(directory, trust_remote_code=trust_remote_code)
     check_output_directory(output, overwrite=overwrite, inputs=[source.path])
-    _check_organ_file(save_organ, overwrite)
+    if save_organ is not None:
+        _check_organ_file(Path(save_organ), output, source.path, overwrite=overwrite)
     case = Transplanted.open(source, organ, trust_remote_code)
+    chosen = fit_to_model(chosen, load_config(source, trust_remote_code=trust_remote_code), source.name)
     plan = _plan(case, scope, neighbours, unfreeze, alone=save_organ is not None)
     reading = {"text_column": text_column, "document_separator": document_separator, "encoding": encoding}
     texts = read_texts(data, eval_data, chosen, reading)
@@ -163,12 +165,10 @@ def _parse(options: dict[str, Any]) -> TrainingOptions:
     return parse_options(**options)
 
 
-def _check_organ_file(path: str | Path | None, overwrite: bool) -> None:
-    if path is None:
-        return
-    if Path(path).suffix != ".safetensors":
-        raise UsageError(f"an organ file's name ends in .safetensors, and {path} does not.")
-    check_output_file(Path(path), overwrite=overwrite)
+def _check_organ_file(path: Path, output: Path, source: Path, *, overwrite: bool) -> None:
+    if output.resolve() in path.resolve().parents:
+        raise UsageError(f"{path} lies in {output}, which is written as a whole; choose another place for the organ.")
+    check_organ_output(path, overwrite=overwrite, inputs=[source])
 
 
 def _plan(case: Transplanted, scope: Scope, neighbours: int | None, unfreeze: Unfreeze, *, alone: bool) -> RecoveryPlan:

@@ -70,6 +70,8 @@ class GraftStudy(_Study):
     findings: list[Finding]
     expected: list[Layout] | None
     """For each of the organ's layers, the tensors that its own configuration calls for."""
+    expected_dtypes: dict[str, str]
+    """`layers.{i}.{name}` -> torch's name of the dtype that they have where nothing else is said."""
     config: str | None
     """`config.json` of the result; `None` if something blocks."""
 
@@ -208,26 +210,32 @@ def _answer_graft(
     raw = read_raw_config(directory.path)
     config = load_config(directory, trust_remote_code=trust_remote_code)
     skeleton = build_skeleton(config, raw)
-    findings = [
-        *config_findings(organ.manifest, config),
-        *place_findings(organ, skeleton, at=at, mode=mode),
-    ]
+    values, places = config_findings(organ.manifest, config), place_findings(organ, skeleton, at=at, mode=mode)
+    if any(finding.severity == "blocks" for finding in values):
+        # Layers that would compute something else are what such values come to; the values are the cause.
+        places = [finding for finding in places if finding.subject != "layers"]
+    findings = [*values, *places]
     text = None
     if not any(finding.severity == "blocks" for finding in findings):
         plan = plan_graft(skeleton, organ, at=at, mode=mode)
         text = _config_text(raw, config, plan.skeleton)
-    return GraftStudy(findings=findings, expected=_expected_layouts(organ), config=text)
+    expected, dtypes = _expected_tensors(organ)
+    return GraftStudy(findings=findings, expected=expected, expected_dtypes=dtypes, config=text)
 
 
-def _expected_layouts(organ: Any) -> list[Layout] | None:
+def _expected_tensors(organ: Any) -> tuple[list[Layout] | None, dict[str, str]]:
+    """Return the tensors of each of an organ's layers, if its configuration tells, and all their dtypes."""
     from neurograft.anatomy import build_skeleton
+    from neurograft.layer_weights import to_disk
 
     config = organ.config()
     if organ.manifest.is_packed:
-        return None
+        return None, {}
     first = organ.manifest.anatomy.first_layer
-    different, layout_of = _layouts(build_skeleton(config), range(first, first + organ.layer_count))
-    return [different[place] for place in layout_of]
+    skeleton, layers = build_skeleton(config), range(first, first + organ.layer_count)
+    different, layout_of = _layouts(skeleton, layers)
+    dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in to_disk(skeleton, layers).items()}
+    return [different[place] for place in layout_of], dtypes
 
 
 def _answer_order(

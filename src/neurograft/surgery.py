@@ -89,11 +89,12 @@ def attach(
         verify: Ask the layers the probe questions before and after (two short forward passes).
 
     Raises:
-        UsageError: The position is out of range.
+        UsageError: The position is out of range, or what was given is no loaded transformers model.
         IncompatibleError: The organ does not fit.
         VerificationError: A layer computed something else after the change, which was undone.
         ModelError: The model is spread over devices, or of an unsupported kind.
     """
+    _require_model(model)
     organ = organ if isinstance(organ, Organ) else read_organ(organ)
     position, chosen = recommended_place(organ.manifest, at=at, mode=mode)
     skeleton = _skeleton_of(model)
@@ -131,8 +132,9 @@ def detach(model: PreTrainedModel) -> Organ:
         The organ as it was attached; for weights that were trained since, see `neurograft.training`.
 
     Raises:
-        UsageError: No organ is attached.
+        UsageError: No organ is attached, or what was given is no loaded transformers model.
     """
+    _require_model(model)
     stack = _attached.get(model, [])
     if not stack:
         raise UsageError("no organ is attached to this model.")
@@ -159,9 +161,23 @@ def graft(
     try:
         yield model
     finally:
-        if _attached.get(model, [None])[-1] is not attachment:
+        stack = _attached.get(model, [])
+        if any(other is attachment for other in stack[:-1]):
             raise UsageError(f"organs attached after {attachment.organ.name} must be detached before its block ends.")
-        detach(model)
+        if stack and stack[-1] is attachment:  # and was not detached inside the block
+            detach(model)
+
+
+def _require_model(model: Any) -> None:
+    from transformers import PreTrainedModel
+
+    if isinstance(model, Attachment):
+        raise UsageError("this is what attach returned; give the model itself, as in detach(model).")
+    if not isinstance(model, PreTrainedModel):
+        raise UsageError(
+            f"an organ is put into a loaded transformers model, and this is a {type(model).__name__}; load one with "
+            "AutoModelForCausalLM."
+        )
 
 
 def _skeleton_of(model: PreTrainedModel) -> PreTrainedModel:

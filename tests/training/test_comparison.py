@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
+from conftest import Factory
 from neurograft import compare
 from neurograft.cli import app
 from neurograft.errors import DataError, NeurograftError, UsageError
@@ -354,3 +355,8 @@ def test_an_interrupted_command_ends_its_process_and_leaves_no_cache(donor: Path
     assert process.returncode == 130, errors
     assert "was not finished; the same command goes on after what was finished before it" in errors
     assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["runs"]
+
+
+def test_sequences_longer_than_the_model_takes(text: Path, model_directory: Factory, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="takes at most 64 positions; give --sequence-length 64 or less"):
+        compare(model_directory("gpt2"), data=text, output=tmp_path / "c", **{**SMALL, "sequence_length": 65})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,41 @@ def test_states_come_back(dtype: Any, tmp_path: Path) -> None:
     again = PrefixCache(tmp_path / "c", rows=6, tokens=4, width=5, dtype=dtype)
     assert again.has([0, 2, 4]) and not again.has([0, 1])
     assert torch.equal(again.read([2, 4]), states[[2, 0]].to(getattr(torch, dtype)))
+
+
+def test_several_make_one_cache_at_once_and_no_row_is_lost(tmp_path: Path) -> None:
+    together = threading.Barrier(8)
+
+    def fill(folder: Path, row: int) -> None:
+        together.wait()
+        cache = PrefixCache(folder, rows=8, tokens=4, width=5, dtype="float32")
+        cache.write([row], torch.full((1, 4, 5), row + 1.0))
+
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(20):
+            folder = tmp_path / str(number)
+            list(pool.map(fill, [folder] * 8, range(8)))
+            cache = PrefixCache(folder, rows=8, tokens=4, width=5, dtype="float32")
+            assert cache.has(range(8))
+            assert cache.read(range(8))[:, 0, 0].tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+def test_states_are_noted_on_the_way_and_rounded_there(kind: str) -> None:
+    model: Any = make_model(kind)
+    prefix, ids = Prefix(model, 3), token_ids(10)
+    assert prefix.works()
+    with torch.no_grad(), prefix.noted(torch.float32) as seen:
+        computed = model(input_ids=ids, use_cache=False).logits
+    assert torch.equal(seen[0], prefix.entering(ids))
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, computed)
+        with prefix.noted(torch.bfloat16) as rounded:
+            narrow = model(input_ids=ids, use_cache=False).logits
+        with prefix.given(rounded[0].float()):
+            assert torch.equal(model(input_ids=ids, use_cache=False).logits, narrow)
+    assert rounded[0].dtype == torch.bfloat16 and not torch.equal(narrow, computed)
 
 
 def test_a_cache_is_found_again_only_for_the_same_prefix_and_text(tmp_path: Path) -> None:

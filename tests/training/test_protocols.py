@@ -67,6 +67,16 @@ def test_nothing_but_the_organ_changes(
                     assert torch.equal(after[moved], before[name]), name
 
 
+def test_sequences_are_no_longer_than_the_host_takes(text: Path, model_directory: Factory) -> None:
+    for host in (model_directory("gpt2"), model_directory("llama", max_position_embeddings=64)):
+        organ = extract(host, layers=(2, 3))
+        trained = train(organ, host=host, data=text, steps=1, batch_size=1)
+        assert trained.manifest.training is not None
+        assert trained.manifest.training.hyperparameters["sequence_length"] == 64
+        with pytest.raises(UsageError, match="takes at most 64 positions; give --sequence-length 64 or less"):
+            train(organ, host=host, data=text, steps=1, sequence_length=65)
+
+
 @pytest.mark.parametrize(("protocol", "mode"), [("in_place", "replace"), ("insert", "insert")])
 def test_the_manifest_claims_what_the_file_does(
     protocol: Any, mode: Any, donor: Path, organ: Organ, text: Path, tmp_path: Path

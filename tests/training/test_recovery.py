@@ -502,3 +502,12 @@ def test_what_must_go_first_is_read_off_the_record_alone(two: Path) -> None:
     assert isinstance(record, SurgicalRecord)
     refuse_blocked_removal(record, "tiny")
     refuse_entangled(record, "tiny", record.layers)
+
+
+def test_sequences_are_no_longer_than_the_recipient_takes(text: Path, model_directory: Factory, tmp_path: Path) -> None:
+    model = model_directory("gpt2")
+    transplant(extract(model, layers=(2, 3)), model, at=2, mode="replace", output=tmp_path / "one")
+    record = recover(tmp_path / "one", data=text, general=text, output=tmp_path / "new", steps=1, batch_size=1)
+    assert record.recoveries[-1].training.hyperparameters["sequence_length"] == 64
+    with pytest.raises(UsageError, match="takes at most 64 positions; give --sequence-length 64 or less"):
+        recover(tmp_path / "one", data=text, output=tmp_path / "other", steps=1, sequence_length=65)

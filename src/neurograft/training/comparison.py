@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from neurograft import data as text_data
 from neurograft.errors import DataError, NeurograftError, UsageError
 from neurograft.extraction import extract
-from neurograft.files import atomic_file
+from neurograft.files import atomic_file, refuse_overlap
 from neurograft.identity import as_identity
 from neurograft.models import ModelDirectory, load_config, load_tokenizer, resolve
 from neurograft.training import measuring
@@ -27,7 +27,7 @@ from neurograft.training.baselines import Method, OrganSettings, find_methods, r
 from neurograft.training.comparison_results import Comparison, Run, Trial, summaries
 from neurograft.training.loop import Batches, Texts
 from neurograft.training.measuring import Job, Measured
-from neurograft.training.options import TrainingOptions, parse_options
+from neurograft.training.options import TrainingOptions, fit_to_model, parse_options
 from neurograft.training.protocols import versions
 from neurograft.training.search import DECIDED_BY_COMPARE, Settings, Space, read_spaces, settings_to_try
 
@@ -119,9 +119,11 @@ def compare(
     spaces = _spaces(chosen, None if search is None else Path(search))
     tries = {method.name: settings_to_try(spaces[method.name], trials, method.name) for method in chosen}
     _check_output(folder, overwrite=overwrite)
+    refuse_overlap(folder, [Path(path) for path in (model, *_listed(data), *_listed(eval_data), *_listed(general))])
     reading = {"text_column": text_column, "document_separator": document_separator, "encoding": encoding}
     text = _read(data, eval_data, general, shared, reading)
     directory = resolve(model, trust_remote_code=trust_remote_code)
+    shared = fit_to_model(shared, load_config(directory, trust_remote_code=trust_remote_code), directory.name)
     batches = _check_amount(text, directory, shared, trust_remote_code)
     _check_layers(chosen, tries, directory, trust_remote_code)
     a_step = shared.batch_size * shared.sequence_length
@@ -183,6 +185,10 @@ def _check_output(folder: Path, *, overwrite: bool) -> None:
         raise UsageError(f"{folder} exists and holds no comparison; choose another folder.")
     if not folder.parent.is_dir():
         raise UsageError(f"the folder {folder.parent} does not exist; create it first.")
+
+
+def _listed(paths: str | Path | Sequence[str | Path] | None) -> Sequence[str | Path]:
+    return [paths] if isinstance(paths, str | Path) else paths or []
 
 
 def _read(data: Any, eval_data: Any, general: Any, options: TrainingOptions, reading: dict[str, Any]) -> _Text:

@@ -29,6 +29,7 @@ from neurograft.training.prefix import Prefix, PrefixCache, cache_for
 from neurograft.training.processes import Processes
 from neurograft.training.run_state import RunState, load_state, save_state
 from neurograft.training.schedules import automatic_lr, learning_rate_share
+from neurograft.training.tracking import Tracking, check_tracker
 
 if TYPE_CHECKING:
     from torch import nn
@@ -192,6 +193,7 @@ class TrainingRun:
             parameter.requires_grad_(True)
         self.processes = _processes(options, batches)
         self.arithmetic, self._exact = self._choose_arithmetic()
+        self._tracking = Tracking(self.processes, options)
         # What is tried out is tried out while each process holds the whole model.
         self.loss = NextTokenLoss(model)
         self._vocabulary = self._sample_vocabulary()
@@ -255,11 +257,14 @@ class TrainingRun:
         self._restore()
         self._before, self._started = self.state.seconds, time.monotonic()
         self._saved = self._started
+        self._tracking.start(self.state.key)
         try:
             with self.processes.noting_interruptions():
                 self._loop()
         except KeyboardInterrupt as interrupt:
             raise KeyboardInterrupt(self._explain_interruption()) from interrupt
+        finally:
+            self._tracking.close()
         self._keep_best()
         self._training_mode(False)
         self.state.seconds = self._seconds()
@@ -417,7 +422,9 @@ class TrainingRun:
         if self._average is not None:
             self._average.swap()
         state, loss = self.state, self.held_out_loss()
-        log.info("step %d: held-out perplexity %.2f", state.step, math.exp(min(loss, 700)))
+        perplexity = math.exp(min(loss, 700))
+        log.info("step %d: held-out perplexity %.2f", state.step, perplexity)
+        self._tracking.log({"held_out_perplexity": perplexity}, state.step)
         best = _finite(state.held_out[state.best][1]) if state.held_out else math.inf
         kept = _copies(self.parameters) if _finite(loss) < best else None
         if self._average is not None:
@@ -453,10 +460,12 @@ class TrainingRun:
         return self._before + time.monotonic() - self._started
 
     def _report(self) -> None:
+        state, seconds = self.state, self._seconds()
+        speed = state.tokens_seen / max(seconds, 1e-9)
+        rate = float(self.optimizers.each[0].param_groups[0]["lr"])
+        self._tracking.log({"loss": state.window[-1], "learning_rate": rate, "tokens_per_second": speed}, state.step)
         if self.progress is not None and self.processes.first:
-            state, seconds = self.state, self._seconds()
             perplexity = math.exp(min(state.held_out[-1][1], 700))
-            speed = state.tokens_seen / max(seconds, 1e-9)
             self.progress(
                 TrainingProgress(state.step, self.batches.steps, state.window[-1], perplexity, speed, seconds)
             )
@@ -524,7 +533,8 @@ class TrainingRun:
 
 
 def _processes(options: TrainingOptions, batches: Batches) -> Processes:
-    processes = Processes()
+    check_tracker(options)
+    processes = Processes(log_with=options.log_to, log_folder=str(options.log_dir) if options.log_to else None)
     if batches.batch_size < processes.count:
         raise UsageError(
             f"--batch-size {batches.batch_size} leaves some of the {processes.count} processes without a sequence; "

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from neurograft.arithmetic import Precision
 from neurograft.errors import UsageError
 from neurograft.manifest import Protocol
+from neurograft.models import fit_sequence_length
 from neurograft.training.schedules import OptimizerName, Schedule
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 CacheDtype = Literal["float32", "bfloat16", "float16"]
+
+
+SEEDS = 1 << 32  # how many there are: all that NumPy and torch take, also multiplied by a number of steps
 
 
 class TrainingOptions(BaseModel):
     """How to train; every value has its meaning and unit here, and the command line reads them from here."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     protocol: Protocol = "in_place"
     """`in_place`: the organ's layers train where they stand in the frozen host. `insert`: they start as identities
@@ -31,7 +39,7 @@ class TrainingOptions(BaseModel):
     steps: int | None = Field(default=None, ge=1)
     """Stop after this many optimizer steps."""
     sequence_length: int = Field(default=256, ge=2)
-    """Tokens in a training sequence."""
+    """Tokens in a training sequence; left out, no more than the model has positions."""
     batch_size: int = Field(default=4, ge=1)
     """Sequences in one forward and backward pass, over all processes together: each of N takes an Nth of them."""
     accumulate: int = Field(default=1, ge=1)
@@ -66,7 +74,7 @@ class TrainingOptions(BaseModel):
     strength: float = Field(default=1.0, gt=0, le=1)
     """Share of the way from the starting weights to the best trained ones that is kept. Less than 1 gives up some of
     the gain and keeps more of what the model could do before (weight-space ensembling, arXiv 2109.01903)."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=SEEDS)
     """Seed of the order of sequences, of the held-out share and of dropout."""
     held_out: float = Field(default=0.1, gt=0, lt=1)
     """Share of the documents kept for evaluation where no evaluation data is given."""
@@ -86,6 +94,12 @@ class TrainingOptions(BaseModel):
     """Seconds between two saves of the run's state, beside the output, from which the same command goes on if it is
     interrupted."""
 
+    log_to: Literal["tensorboard", "trackio"] | None = None
+    """Log loss, held-out perplexity, learning rate and tokens per second there; never any text. Needs the extra of the
+    same name."""
+    log_dir: Path = Path("neurograft-logs")
+    """Folder of these logs."""
+
     @model_validator(mode="after")
     def _one_limit(self) -> TrainingOptions:
         given = [name for name in ("max_tokens", "epochs", "steps") if getattr(self, name) is not None]
@@ -94,6 +108,17 @@ class TrainingOptions(BaseModel):
         if self.rank is not None and self.strength < 1:
             raise ValueError("strength mixes weights and rank trains factors of their changes; give one of them")
         return self
+
+
+def fit_to_model(options: TrainingOptions, config: PreTrainedConfig, name: str) -> TrainingOptions:
+    """Return options whose sequences a model takes: a length that was left out is cut to the model's positions.
+
+    Raises:
+        UsageError: A longer one was given.
+    """
+    given = options.sequence_length if "sequence_length" in options.model_fields_set else None
+    length = fit_sequence_length(given, options.sequence_length, config, name)
+    return options.model_copy(update={"sequence_length": length})
 
 
 def parse_options(**values: Any) -> TrainingOptions:

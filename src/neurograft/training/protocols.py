@@ -16,17 +16,26 @@ import torch
 from neurograft import __version__, data, probe
 from neurograft.anatomy import describe
 from neurograft.compat import refuse_findings, tokenizer_findings
-from neurograft.files import check_output_file, combine_digests, tensor_digest
+from neurograft.files import combine_digests, tensor_digest
 from neurograft.identity import as_identity
 from neurograft.layer_weights import load_layers
 from neurograft.manifest import Evaluation, LayerAnatomy, Manifest, Mode, Protocol, Training
-from neurograft.models import ModelDirectory, fingerprint_tokenizer, load_model, load_tokenizer, resolve
-from neurograft.organ import Organ, clean_name, config_to_json, dtype_name, now, read_organ
+from neurograft.models import ModelDirectory, fingerprint_tokenizer, load_config, load_model, load_tokenizer, resolve
+from neurograft.organ import (
+    Organ,
+    check_organ_output,
+    check_version,
+    clean_name,
+    config_to_json,
+    dtype_name,
+    now,
+    read_organ,
+)
 from neurograft.sharding import fill
 from neurograft.surgery import Attachment, attach, attach_alone, tensors_of
 from neurograft.training.loop import Batches, ProgressCallback, Texts, Trainee, TrainingRun
 from neurograft.training.low_rank import LowRankChanges
-from neurograft.training.options import TrainingOptions, parse_options
+from neurograft.training.options import TrainingOptions, fit_to_model, parse_options
 from neurograft.training.processes import Processes, one_by_one, starting_device, whole_weights
 from neurograft.training.run_state import state_path
 
@@ -37,7 +46,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("neurograft")
 
 # Options that change how long a run takes, and not what it comes to.
-NO_EFFECT = {"checkpoint_every"}
+NO_EFFECT = {"checkpoint_every", "log_to", "log_dir"}
 
 
 def train(
@@ -79,7 +88,8 @@ def train(
         The trained organ, with the best weights seen on the held-out text.
 
     Raises:
-        UsageError: An option is wrong, the output exists, or another run left its state beside it.
+        UsageError: An option is wrong, the output exists, is the organ that is read or lies in the host's directory, or
+            another run left its state beside it.
         DataError: There is no text, or it can't be read.
         IncompatibleError: The organ does not fit the host.
         NeurograftError: The loss is not finite any more.
@@ -87,9 +97,13 @@ def train(
             goes on, on CPUs to the same bits as if it had never stopped.
     """
     chosen = parse_options(**options)
+    if version is not None:
+        check_version(version)
     processes = Processes()
     if output is not None:
-        processes.on_first(lambda: check_output_file(Path(output), overwrite=overwrite))
+        used = organ.path if isinstance(organ, Organ) else Path(organ)
+        inputs = [Path(host), *([used] if used is not None else [])]
+        processes.on_first(lambda: check_organ_output(Path(output), overwrite=overwrite, inputs=inputs))
     organ = organ if isinstance(organ, Organ) else read_organ(organ)
     reading = {"text_column": text_column, "document_separator": document_separator, "encoding": encoding}
     texts = read_texts(data, eval_data, chosen, reading)
@@ -149,6 +163,8 @@ def _train(
 ) -> Organ:
     with one_by_one():
         directory = resolve(host, trust_remote_code=trust_remote_code)
+    config = load_config(directory, trust_remote_code=trust_remote_code)
+    options = fit_to_model(options, config, directory.name)
     tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
     if organ.manifest.tokenizer is not None:
         refuse_findings(
@@ -204,7 +220,7 @@ def tune_layers(
         UsageError: An option is wrong.
         DataError: There are fewer than two documents.
     """
-    chosen = parse_options(**options)
+    chosen = fit_to_model(parse_options(**options), model.config, f"the {model.config.model_type} model")
     texts = Texts(*data.split_documents(documents, held_out=chosen.held_out, seed=chosen.seed))
     batches = Batches.build(texts, tokenizer, chosen)
     TrainingRun(model, Trainee.of_layers(layers, 0), batches, chosen, progress=progress).train()
