@@ -78,11 +78,14 @@ def measure(size: int, folder: Path, mergekit: Path | None, rounds: int) -> dict
     model = make_model(folder / "model", *SIZES[size])
     organ = folder / "organ.safetensors"
     neurograft = [str(Path(sys.executable).parent / "neurograft")]
-    extract = [*neurograft, "extract", str(model), "--overwrite", "-o"]
+    extract = [*neurograft, "extract", str(model), "--verify", "bytes", "--overwrite", "-o"]
     transplant = [*neurograft, "transplant", str(organ), str(model), "-o", str(folder / "out")]
     ways: dict[str, list[str]] = {
         "cp": ["cp", "-r", str(model), str(folder / "out")],
-        "insert, copied": [*transplant, "--mode", "insert", "--at", str(MIDDLE), "--link", "copy"],
+        "insert, copied": [
+            *(*transplant, "--mode", "insert", "--at", str(MIDDLE)),
+            *("--link", "copy", "--verify", "bytes"),
+        ],
         "insert at the end, hard links": [
             *(*transplant, "--mode", "insert", "--at", str(LAYERS)),
             *("--link", "hard", "--verify", "written"),
@@ -96,7 +99,8 @@ def measure(size: int, folder: Path, mergekit: Path | None, rounds: int) -> dict
             *("--link", "hard", "--verify", "written"),
         ],
         "replace, hard links, all digested": [
-            *(*transplant, "--mode", "replace", "--at", str(ORGAN[0]), "--link", "hard"),
+            *(*transplant, "--mode", "replace", "--at", str(ORGAN[0])),
+            *("--link", "hard", "--verify", "bytes"),
         ],
     }
     for count in (3, 6, 12):

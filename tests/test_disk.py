@@ -243,10 +243,11 @@ def test_headers_that_lie_are_refused(header: Any, tmp_path: Path) -> None:
 _PROGRAM = """
 import json, pathlib, sys
 import neurograft
-organ = neurograft.extract(sys.argv[1], layers="2:4", output=sys.argv[3] + "/o.safetensors")
+organ = neurograft.extract(sys.argv[1], layers="2:4", verify="bytes", output=sys.argv[3] + "/o.safetensors")
 neurograft.check(organ.path, sys.argv[2])
 neurograft.inspect(organ.path)
-record = neurograft.transplant(organ.path, sys.argv[2], at=3, mode="insert", output=sys.argv[3] + "/out")
+out = sys.argv[3] + "/out"
+record = neurograft.transplant(organ.path, sys.argv[2], at=3, mode="insert", verify="bytes", output=out)
 neurograft.remove(sys.argv[3] + "/out", output=sys.argv[3] + "/back")
 try:
     neurograft.transplant(organ.path, sys.argv[2], at=99, mode="insert", output=sys.argv[3] + "/no")

@@ -122,7 +122,7 @@ def test_a_recipient_whose_cache_transformers_can_not_use(model_directory: Facto
         "granitemoehybrid", layer_types=["mamba"] * LAYERS, num_local_experts=0, shared_intermediate_size=32, **mamba
     )
     with pytest.raises(ModelError, match="can't generate with the cache of this granitemoehybrid model"):
-        transplant(extract(model, layers=(1, 2)), model, at=1, mode="replace", output=tmp_path / "out", verify="layers")
+        transplant(extract(model, layers=(1, 2)), model, at=1, mode="replace", output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -133,9 +133,9 @@ def test_a_model_with_nan_names_the_tensor_and_the_file(organ: Organ, recipient:
     model.save_pretrained(tmp_path / "model")
     reason = r"model\.safetensors: the tensor model\.layers\.3\.mlp\.up_proj\.weight of model has 2 values that are NaN"
     with pytest.raises(ModelError, match=reason):
-        transplant(organ, tmp_path / "model", at=1, mode="insert", output=tmp_path / "out", verify="layers")
+        transplant(organ, tmp_path / "model", at=1, mode="insert", output=tmp_path / "out")
     with pytest.raises(ModelError, match=reason):
-        extract(tmp_path / "model", layers=(0, 1), verify="layers")
+        extract(tmp_path / "model", layers=(0, 1))
 
 
 def test_the_record(organ_file: Path, recipient: Path, tmp_path: Path) -> None:
@@ -248,5 +248,5 @@ def test_a_result_that_computes_something_else_is_not_kept(
 
     monkeypatch.setattr("neurograft.transplantation.plan_files", swapped)
     with pytest.raises(VerificationError, match="the recipient's layer 0 would compute something else at position 0"):
-        transplant(organ, recipient, at=4, mode="insert", output=tmp_path / "out", verify="layers")
+        transplant(organ, recipient, at=4, mode="insert", output=tmp_path / "out")
     assert listing() == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,9 +17,10 @@ from neurograft.layer_values import Row
 from neurograft.models import ModelDirectory, read_raw_config
 from neurograft.number_formats import digest_pieces
 from neurograft.studies import ModelStudy, study_model
-from neurograft.tensor_files import Piece, TensorFile, read_tensor_file
+from neurograft.tensor_files import Piece, TensorFile, bytes_of, read_tensor_file
 
 INDEX_FILE = "model.safetensors.index.json"
+_EASY_SHARE = 0.25  # of the machine's memory
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,13 @@ class Checkpoint:
         """The method by which the weights are quantised, such as `mxfp4`; `None` for plain weights."""
         packed = self.raw_config.get("quantization_config")
         return str(packed.get("quant_method", "unnamed")) if packed else None
+
+    @property
+    def runs_easily(self) -> bool:
+        """Whether nobody minds that the model is loaded and run: it is here, plain, and small for the machine."""
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        here = self.packing is None and self.all_names is None
+        return here and bytes_of(self.pieces.values()) <= _EASY_SHARE * memory
 
     @cached_property
     def pieces(self) -> dict[str, Piece]:

@@ -192,9 +192,11 @@ def extract(
     license: Annotated[str | None, typer.Option("--license", help="Its licence, such as Apache-2.0.")] = None,
     description: Annotated[str | None, typer.Option("--description", help="One line about it.")] = None,
     verify: Annotated[
-        Literal["bytes", "layers"],
-        typer.Option("--verify", help="Copy bytes, or also run the layers and keep their answers."),
-    ] = "bytes",
+        Literal["auto", "bytes", "layers"],
+        typer.Option(
+            "--verify", help="Copy bytes, or also run the layers and keep their answers; auto: where it fits easily."
+        ),
+    ] = "auto",
     overwrite: Overwrite = False,
     trust_remote_code: RemoteCode = False,
     as_json: AsJson = False,
@@ -433,9 +435,13 @@ def transplant(
     mode: ModeOption = None,
     link: LinkOption = "auto",
     verify: Annotated[
-        Literal["written", "bytes", "layers"],
-        typer.Option("--verify", help="Digest what is written, also what is linked, also ask every layer."),
-    ] = "bytes",
+        Literal["auto", "written", "bytes", "layers"],
+        typer.Option(
+            "--verify",
+            help="Digest what is written, also what is linked, also ask every layer; auto: the latter where it fits "
+            "easily.",
+        ),
+    ] = "auto",
     overwrite: Overwrite = False,
     trust_remote_code: RemoteCode = False,
     as_json: AsJson = False,

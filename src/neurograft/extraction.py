@@ -85,7 +85,7 @@ def extract(
     version: str = "0.1.0",
     license: str | None = None,
     description: str | None = None,
-    verify: Literal["bytes", "layers"] = "bytes",
+    verify: Literal["auto", "bytes", "layers"] = "auto",
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> Organ:
@@ -100,7 +100,8 @@ def extract(
         license: SPDX identifier or name of its licence.
         description: One line about it.
         verify: `bytes`: the layers are copied as bytes; `layers`: they are also run, and their answers to the probe
-            questions put into the manifest, for which transformers loads the model.
+            questions put into the manifest, for which transformers loads the model; `auto`: `layers` where the
+            weights are plain, all here, and take at most a quarter of this machine's memory, else `bytes`.
         overwrite: Whether an existing file may be replaced.
         trust_remote_code: See `neurograft.models.resolve`.
 
@@ -117,7 +118,8 @@ def extract(
         _opened(model, layers, whole=verify == "layers", trust_remote_code=trust_remote_code) as (checkpoint, chosen),
     ):
         directory = checkpoint.directory
-        answers, dtype = _ask(directory, trust_remote_code) if verify == "layers" else (None, "")
+        asked = verify == "layers" or (verify == "auto" and checkpoint.runs_easily)
+        answers, dtype = _ask(directory, trust_remote_code) if asked else (None, "")
         organ = organ_from_checkpoint(
             checkpoint,
             chosen,

@@ -27,7 +27,9 @@ def silence_all_but_first() -> None:
 
 
 def original_streams() -> None:
-    """Let this process write again."""
+    """Let this process write again, if it was silenced."""
+    if rank() == 0:
+        return
     sys.stdout, sys.stderr = sys.__stdout__ or sys.stdout, sys.__stderr__ or sys.stderr
 
 

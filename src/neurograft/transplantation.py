@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from neurograft.byte_moves import Link
 from neurograft.checkpoint import Checkpoint, open_checkpoint
@@ -52,7 +52,7 @@ def transplant(
     mode: Mode | None = None,
     output: str | Path,
     link: Link = "auto",
-    verify: Verify = "bytes",
+    verify: Verify | Literal["auto"] = "auto",
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> SurgicalRecord:
@@ -71,7 +71,8 @@ def transplant(
             system can do that, and are copied elsewhere; `hard`: hard links where it can't; `copy`: always copied.
         verify: `written`: the plan, and a digest of every byte that is written; `bytes`: also of what is linked;
             `layers`: also every layer is asked the probe questions before and after, for which transformers loads
-            both models, one after the other.
+            both models, one after the other. `auto`: `layers` where the weights are plain and take at most a quarter of
+            this machine's memory, else `bytes`; the surgical record says which it was.
         overwrite: Whether an existing model directory may be replaced.
         trust_remote_code: See `neurograft.models.resolve`.
 
@@ -94,7 +95,8 @@ def transplant(
         report, config = check_checkpoint(organ, checkpoint, at=at, mode=mode, trust_remote_code=trust_remote_code)
         refuse_blocked(report)
         assert config is not None
-        operation = Surgery(organ, checkpoint, report.position, report.mode, link, verify, trust_remote_code)
+        level = verify if verify != "auto" else "layers" if checkpoint.runs_easily else "bytes"
+        operation = Surgery(organ, checkpoint, report.position, report.mode, link, level, trust_remote_code)
         return operation.write(config, output, overwrite=overwrite)
 
 

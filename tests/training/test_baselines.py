@@ -210,7 +210,11 @@ def test_a_search_file_may_be_yaml_or_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "reason"),
     [
-        ("lora", {"wings": 2}, "wings is no setting that can be searched for lora; there are rank, scale, lr"),
+        (
+            "lora",
+            {"wings": 2},
+            "wings is no setting that can be searched for lora; there are rank, scale, optimizer",
+        ),
         ("full", {"rank": 2}, "rank is no setting"),
         ("lora", {"batch_size": 2}, "batch_size is no setting"),
         ("lora", {"rank": 0}, "lora: rank: Input should be greater than or equal to 1"),

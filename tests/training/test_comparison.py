@@ -71,10 +71,10 @@ def everything(
     def noted(job: Job, show: Any = None) -> Measured:
         batches: list[torch.Tensor] = []
 
-        def noting(loss: NextTokenLoss, input_ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        def noting(loss: NextTokenLoss, input_ids: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
             if torch.is_grad_enabled():
                 batches.append(input_ids.clone())
-            return losses(loss, input_ids, *rest)
+            return losses(loss, input_ids, *rest, **more)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(NextTokenLoss, "__call__", noting)

@@ -15,7 +15,7 @@ from neurograft.errors import UsageError
 from neurograft.organ import Organ
 
 SECRET = "Zaphodxylitis"
-OPTIONS: dict[str, Any] = {"steps": 4, "sequence_length": 16, "batch_size": 2, "evaluations": 2}
+OPTIONS: dict[str, Any] = {"steps": 4, "sequence_length": 16, "batch_size": 2, "evaluations": 2, "lr": 1e-3}
 NAMES = {"loss", "learning_rate", "tokens_per_second", "held_out_perplexity"}
 
 

@@ -27,7 +27,7 @@ from neurograft.training.processes import Processes
 
 OPTIONS: dict[str, Any] = {
     "epochs": 3, "sequence_length": 16, "batch_size": 5, "accumulate": 2, "evaluations": 3, "patience": 9,
-    "cache_prefix": "always",
+    "cache_prefix": "always", "precision": "float32", "lr": 1e-3,
 }  # fmt: skip
 KINDS = ("llama", "gpt2", "qwen3_moe")
 

@@ -41,8 +41,9 @@ class _Settings(BaseModel):
 class OrganSettings(_Settings):
     """Which layers an organ has."""
 
-    layers: int | str = Field(default=3, union_mode="left_to_right")
-    """How many; or START:STOP, half-open from 0, and then `position` has no meaning."""
+    layers: int | float | str = Field(default=3, union_mode="left_to_right")
+    """How many; below 1, their share of the model's; or START:STOP, half-open from 0, and then `position` has no
+    meaning."""
     position: float = Field(default=1 / 3, ge=0, le=1)
     """Where they stand: 0 is as far down as they can, 1 as far up."""
 
@@ -54,10 +55,13 @@ class OrganSettings(_Settings):
         """
         if isinstance(self.layers, str):
             return parse_layers(self.layers, layer_count)
-        if not 0 < self.layers <= layer_count:
-            raise UsageError(f"the search asks for an organ of {self.layers} layers, and the model has {layer_count}.")
-        start = round(self.position * (layer_count - self.layers))
-        return range(start, start + self.layers)
+        count = self.layers
+        if 0 < count < 1:
+            count = max(1, round(count * layer_count))
+        if not 0 < count <= layer_count or count != int(count):
+            raise UsageError(f"the search asks for an organ of {count} layers, and the model has {layer_count}.")
+        start = round(self.position * (layer_count - count))
+        return range(start, start + int(count))
 
 
 class AdapterSettings(_Settings):
@@ -108,7 +112,7 @@ class Method:
         own: dict[str, Any] = {name: value for name, value in settings.items() if name in self.settings.model_fields}
         options: dict[str, Any] = {name: value for name, value in settings.items() if name not in own}
         for name in options:
-            if name not in TrainingOptions.model_fields or name in SHARED_OPTIONS:
+            if name not in self.known_settings():
                 raise UsageError(
                     f"{name} is no setting that can be searched for {self.name}; there are "
                     f"{', '.join(self.known_settings())}."
@@ -118,13 +122,13 @@ class Method:
             TrainingOptions(**options)
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            raise UsageError(f"{self.name}: {place}: {first['msg']} (it is {first['input']!r}).") from error
+            raise UsageError(f"{self.name}: {first['loc'][0]}: {first['msg']} (it is {first['input']!r}).") from error
         return parsed, options
 
     def known_settings(self) -> list[str]:
         """Return what can be searched: the method's own settings, then training options."""
-        return [*self.settings.model_fields, *(n for n in TrainingOptions.model_fields if n not in SHARED_OPTIONS)]
+        unknown = SHARED_OPTIONS if self.protocol is not None else SHARED_OPTIONS | {"rank"}  # it is the organ's
+        return [*self.settings.model_fields, *(n for n in TrainingOptions.model_fields if n not in unknown)]
 
     def check_space(self, space: Space) -> None:
         """Check every value that a search may try.
@@ -139,7 +143,7 @@ class Method:
 
 _ORGAN_SPACE: Space = {
     "lr": Range(low=2e-4, high=4e-3),
-    "layers": [3, 10, 20],
+    "layers": [0.1, 1 / 3, 2 / 3],
     "position": [1 / 2, 1.0],
 }
 _ADAPTER_SPACE: Space = {"lr": Range(low=3e-4, high=1e-2), "rank": [8, 16, 32, 64]}
