@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import Factory
-from neurograft import attach, detach, extract, graft
+from neurograft import attach, detach, extract, graft, surgery
 from neurograft.anatomy import describe
 from neurograft.errors import IncompatibleError, NeurograftError, UsageError, VerificationError
 from neurograft.files import tensors_digest
@@ -209,3 +209,18 @@ def test_an_organ_that_is_detached_inside_its_block(organ: Organ, recipient: Pat
     with graft(model, organ, at=1, mode="insert"):
         detach(model)
     assert torch.equal(logits(model), before)
+
+
+def test_what_was_replaced_can_be_given_up(model_directory: Factory) -> None:
+    donor = model_directory("llama")
+    model, organ = load(donor), extract(donor, layers=(2, 4))
+    before = logits(model)
+    replaced = list(model.model.layers)[2:4]
+    attachment = attach(model, organ, at=2, mode="replace")
+    surgery.give_up_replaced(model, attachment)
+    assert all(parameter.is_meta for layer in replaced for parameter in layer.parameters())
+    assert torch.equal(logits(model), before)
+    with pytest.raises(UsageError, match="no organ is attached"):
+        detach(model)
+    with pytest.raises(UsageError, match="is not what was attached to this model last"):
+        surgery.give_up_replaced(model, attachment)

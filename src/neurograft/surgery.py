@@ -144,6 +144,26 @@ def detach(model: PreTrainedModel) -> Organ:
     return attachment.organ
 
 
+def give_up_replaced(model: PreTrainedModel, attachment: Attachment) -> None:
+    """Free the memory of the layers that an organ took the place of; it can't be detached from the model any more.
+
+    Args:
+        model: The model.
+        attachment: What was attached to it last.
+
+    Raises:
+        UsageError: Another organ was attached since.
+    """
+    stack = _attached.get(model, [])
+    if not stack or stack[-1] is not attachment:
+        raise UsageError(f"{attachment.organ.name} is not what was attached to this model last.")
+    stack.pop()
+    for layer in attachment.removed:
+        layer.to("meta")
+    attachment.removed.clear()
+    attachment._original.clear()
+
+
 @contextmanager
 def graft(
     model: PreTrainedModel,

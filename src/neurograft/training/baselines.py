@@ -21,7 +21,7 @@ from neurograft.errors import NeurograftError, UsageError
 from neurograft.extraction import parse_layers
 from neurograft.manifest import Protocol
 from neurograft.organ import Organ, read_organ
-from neurograft.surgery import Attachment, attach, attach_alone, detach, tensors_of
+from neurograft.surgery import Attachment, attach, attach_alone, detach, give_up_replaced, tensors_of
 from neurograft.training.loop import Trainee
 from neurograft.training.low_rank import LowRankChanges
 from neurograft.training.options import TrainingOptions
@@ -291,6 +291,8 @@ def _prepare_organ(model: PreTrainedModel, organ: Organ, protocol: Protocol, ran
         attachment = attach_alone(model, organ)
     else:
         attachment = attach(model, organ, mode="replace" if protocol == "in_place" else "insert")
+    if protocol == "in_place":
+        give_up_replaced(model, attachment)
     trained: dict[str, torch.Tensor] = {}
     changes = LowRankChanges(attachment.layers, rank, seed) if rank is not None else None
 

@@ -32,7 +32,7 @@ from neurograft.organ import (
     read_organ,
 )
 from neurograft.sharding import fill
-from neurograft.surgery import Attachment, attach, attach_alone, tensors_of
+from neurograft.surgery import Attachment, attach, attach_alone, give_up_replaced, tensors_of
 from neurograft.training.loop import Batches, ProgressCallback, Texts, Trainee, TrainingRun
 from neurograft.training.low_rank import LowRankChanges
 from neurograft.training.options import TrainingOptions, fit_to_model, parse_options
@@ -242,12 +242,15 @@ def _run_key(organ: Organ, host: ModelDirectory, texts: Texts, options: Training
 def _place(model: PreTrainedModel, organ: Organ, options: TrainingOptions) -> Attachment:
     """Put the organ where it is to be trained."""
     position = organ.manifest.recommended_position if options.at is None else options.at
-    if options.protocol == "standalone":
-        return attach_alone(model, organ)
     if options.protocol == "insert":
         log.info("finding the tensors that make the organ an identity")
         return attach(model, as_identity(organ), at=position, mode="insert")
-    return attach(model, organ, at=position, mode="replace")
+    if options.protocol == "standalone":
+        attachment = attach_alone(model, organ)
+    else:
+        attachment = attach(model, organ, at=position, mode="replace")
+    give_up_replaced(model, attachment)
+    return attachment
 
 
 def _trained_organ(
