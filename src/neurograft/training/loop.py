@@ -259,15 +259,20 @@ class TrainingRun:
         self._saved = self._started
         self._tracking.start(self.state.key)
         try:
+            # A second signal, such as a launcher sends after Ctrl-C, must not break off the saving either.
             with self.processes.noting_interruptions():
-                self._loop()
-        except KeyboardInterrupt as interrupt:
-            raise KeyboardInterrupt(self._explain_interruption()) from interrupt
+                self._loop_or_explain()
         finally:
             self._tracking.close()
         self._keep_best()
         self._training_mode(False)
         self.state.seconds = self._seconds()
+
+    def _loop_or_explain(self) -> None:
+        try:
+            self._loop()
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt(self._explain_interruption()) from interrupt
 
     def _loop(self) -> None:
         rows = itertools.islice(self.batches.training_rows(), self.state.step, None)
