@@ -140,7 +140,7 @@ def compare(
             seeds=list(range(seeds)),
             steps=batches.steps,
             passes=round(batches.steps * a_step / batches.training.input_ids.numel(), 3),
-            options=shared.model_dump(exclude=set(DECIDED_BY_COMPARE)),
+            options=shared.model_dump(mode="json", exclude=set(DECIDED_BY_COMPARE)),
             documents={name: len(documents) for name, documents in text.parts().items()},
             fingerprints={name: text_data.fingerprint(documents) for name, documents in text.parts().items()},
             untrained=untrained,

@@ -17,7 +17,20 @@ Settings = dict[str, Value]
 
 # Options of `train` that `compare` decides itself.
 DECIDED_BY_COMPARE = frozenset(
-    {"protocol", "at", "max_tokens", "epochs", "steps", "lr", "seed", "evaluations", "patience", "checkpoint_every"}
+    {
+        "protocol",
+        "at",
+        "max_tokens",
+        "epochs",
+        "steps",
+        "lr",
+        "seed",
+        "evaluations",
+        "patience",
+        "checkpoint_every",
+        "log_to",
+        "log_dir",
+    }
 )
 # Options that are the same for every method, so that all see the same text in the same batches and are evaluated alike.
 SHARED_OPTIONS = (DECIDED_BY_COMPARE - {"lr"}) | {
