@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from neurograft.anatomy import describe
-from neurograft.arithmetic import Kernels
+from neurograft.arithmetic import Arithmetic
 from neurograft.errors import NeurograftError, UsageError
 from neurograft.files import combine_digests, explained_os_errors, human_bytes, tensor_digest
 from neurograft.surgery import Undo
@@ -278,7 +278,7 @@ def cache_for(
     input_ids: torch.Tensor,
     *,
     dtype: CacheDtype,
-    kernels: Kernels,
+    arithmetic: Arithmetic,
     needed: bool,
 ) -> PrefixCache | None:
     """Open the cache for some packed text in a host, under the digest of everything that it depends on.
@@ -289,14 +289,14 @@ def cache_for(
         position: Number of the first layer that is to run.
         input_ids: (N, T) the packed text.
         dtype: How the states are stored.
-        kernels: How matrices are multiplied where they are computed.
+        arithmetic: How matrices are multiplied where they are computed.
         needed: Whether too little disk is an error; otherwise there is no cache then.
 
     Raises:
         NeurograftError: The disk has no room for it.
     """
     key = hashlib.sha256(
-        f"{below_digest(model, position)}{tensor_digest(input_ids)}{dtype}{kernels}{torch.__version__}".encode()
+        f"{below_digest(model, position)}{tensor_digest(input_ids)}{dtype}{arithmetic}{torch.__version__}".encode()
     ).hexdigest()
     target, width = folder / key[:32], int(model.config.hidden_size)
     size = input_ids.numel() * width * getattr(torch, dtype).itemsize

@@ -307,7 +307,7 @@ def _trained_organ(
 
 def hyperparameters_of(run: TrainingRun) -> dict[str, Any]:
     """Return how a run trained, for its organ's manifest; what was left to be chosen is there as it was chosen."""
-    chosen = {"lr": run.lr, "kernels": run.arithmetic.kernels}
+    chosen = {"lr": run.lr, "kernels": run.arithmetic.kernels, "attention": run.arithmetic.attention}
     return {**run.options.model_dump(exclude={"protocol", "seed", *NO_EFFECT}), **chosen}
 
 
