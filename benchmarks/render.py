@@ -270,6 +270,26 @@ def _beside_lora(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def phases_section(result: dict[str, Any]) -> str:
+    """Render what was tried beside one plain phase of training."""
+    settings = result["settings"]
+    rows = []
+    for row in result["rows"]:
+        before = row.get("seconds_of_teacher") or row.get("seconds_of_search")
+        rows.append(
+            [
+                row["name"] + (f" ({row['lr']:g})" if "lr" in row else ""),
+                *(f"{row['perplexity'][text]:.2f}" for text in ("domain", "general")),
+                f"{row['seconds']:.0f}" + (f" + {before:.0f} before" if before else ""),
+            ]
+        )
+    return (
+        f"## Phases, a teacher, a range test\n\nAn organ of layers {settings['layers']}, {settings['tokens']:,} tokens, "
+        f"{settings['tokens_a_step']} a step, one seed, one thread.\n\n"
+        + table(["way", "domain", "general", "seconds"], rows)
+    )
+
+
 def training_cost_section(result: dict[str, Any]) -> str:
     """Render what a step costs, and the share of the rate of plain matrix products that it reaches."""
     settings, rows = result["settings"], []
@@ -280,18 +300,19 @@ def training_cost_section(result: dict[str, Any]) -> str:
                 row["way"],
                 row["kernels"],
                 f"{statistics.median(row['seconds']):.2f}",
+                f"{row['first_seconds']:.1f}",
                 f"{row['gigaflop']:.0f}",
                 f"{statistics.median(shares):.0%}",
                 f"{row['megabytes']:,}",
                 f"{row['megabytes_in_all']:,}",
             ]
         )
-    header = ["step of", "arithmetic", "seconds", "GFLOP needed", "share of matrix rate", "memory beyond model, MB"]
+    header = ["step of", "arithmetic", "seconds", "the first", "GFLOP needed", "share of matrix rate"]
     return (
         f"## What a training step costs\n\n{settings['batch_size']} x {settings['sequence_length']} tokens; medians "
         f"of {settings['rounds']} rounds in turns. Needed are only the products with weights that the method asks for; "
         "the rate is that of plain products of the same size in the same arithmetic, measured in the same process. The "
-        "aim was a share of 70 %.\n\n" + table([*header, "in all, MB"], rows)
+        "aim was a share of 70 %.\n\n" + table([*header, "memory beyond model, MB", "in all, MB"], rows)
     )
 
 
@@ -336,6 +357,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo_section,
     "adaptation": adaptation_section,
     "engine": engine_section,
+    "phases": phases_section,
     "training_cost": training_cost_section,
     "protocols": protocols_section,
     "recovery": recovery_section,
