@@ -284,8 +284,8 @@ def phases_section(result: dict[str, Any]) -> str:
             ]
         )
     return (
-        f"## Phases, a teacher, a range test\n\nAn organ of layers {settings['layers']}, {settings['tokens']:,} tokens, "
-        f"{settings['tokens_a_step']} a step, one seed, one thread.\n\n"
+        f"## Phases, a teacher, a range test\n\nAn organ of layers {settings['layers']}, "
+        f"{settings['tokens']:,} tokens, {settings['tokens_a_step']} a step, one seed, one thread.\n\n"
         + table(["way", "domain", "general", "seconds"], rows)
     )
 
