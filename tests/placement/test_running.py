@@ -9,8 +9,8 @@ import torch
 
 from conftest import Factory
 from neurograft import extract, graft
-from neurograft.evaluation import Window, cut_windows, document_losses
 from neurograft.errors import IncompatibleError
+from neurograft.evaluation import Window, cut_windows, document_losses
 from neurograft.placement.candidates import Candidate, list_candidates
 from neurograft.placement.running import Runner
 from tiny import CONFIGS, LAYERS, make_model
@@ -81,7 +81,7 @@ def test_a_model_whose_layers_share_more_than_hidden_states_is_run_whole(model_d
     seen: list[torch.Tensor] = []
     model.model.layers[0].mlp.register_forward_hook(lambda _m, _a, output: seen.append(output.mean()))
     model.model.layers[5].mlp.register_forward_hook(lambda _m, _a, output: output + seen[-1])
-    runner, candidates = _runner(model, organ)
+    runner, _ = _runner(model, organ)
     outcome = runner.run(WINDOWS, [Candidate(3, "insert")])
     with graft(model, organ, at=3, mode="insert", verify=False):
         pairs = document_losses(model, TOKENS, sequence_length=16, batch_size=len(WINDOWS), separator_id=1)

@@ -65,7 +65,9 @@ def parse_positions(positions: str | Iterable[int], layer_count: int) -> list[in
         raise UsageError(f"the positions {positions!r} are none; the stop of a range is not part of it.")
     for number in numbers:
         if not 0 <= number <= layer_count:
-            raise UsageError(f"position {number} is out of range: in a model of {layer_count} layers, it can be 0 to {layer_count}.")
+            raise UsageError(
+                f"position {number} is out of range: in a model of {layer_count} layers, it can be 0 to {layer_count}."
+            )
     return sorted(set(numbers))
 
 
@@ -88,8 +90,8 @@ def list_candidates(
     found = [Candidate(number, mode) for number in wanted for mode in modes if number <= last[mode]]
     if not found:
         raise UsageError(
-            f"none of these positions allows to {' or '.join(modes)} {organ_layers} layers in a model of {layer_count}: "
-            f"replace goes up to {last['replace']}, insert up to {last['insert']}."
+            f"none of these positions allows to {' or '.join(modes)} {organ_layers} layers in a model of "
+            f"{layer_count}: replace goes up to {last['replace']}, insert up to {last['insert']}."
         )
     return sorted(found)
 

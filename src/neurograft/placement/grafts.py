@@ -90,9 +90,7 @@ class Grafts:
         """The model's own layers."""
         self.layers = make_layers(model, organ, next(iter(plans.values())), self.own[0])
         """The organ's."""
-        self._places = {
-            candidate: self._place(skeleton, plan, path) for candidate, plan in plans.items()
-        }
+        self._places = {candidate: self._place(skeleton, plan, path) for candidate, plan in plans.items()}
 
     def _place(self, skeleton: PreTrainedModel, plan: Plan, path: str) -> _Place:
         undo = put_layers(self.model, skeleton, plan, self.layers, path)
@@ -136,5 +134,5 @@ class Grafts:
         }
         before = [(parameter, parameter.data) for parameter in named.values()]
         for name, parameter in named.items():
-            parameter.data = weights[name]
+            parameter.data = weights[name].to(parameter.device, parameter.dtype)
         return before

@@ -133,7 +133,9 @@ class Stream:
 
         It is tried out, since nothing else shows whether later layers take more from earlier ones than that.
         """
-        ids = (torch.arange(_TRIED_TOKENS, device=self.model.device) % int(self.model.config.vocab_size))[None]  # (1, T)
+        ids = (torch.arange(_TRIED_TOKENS, device=self.model.device) % int(self.model.config.vocab_size))[
+            None
+        ]  # (1, T)
         tensors = (ids, ids, torch.ones_like(ids))
         found = set[int]()
         try:

@@ -38,7 +38,9 @@ def ratio_intervals(
         seed: Seed of the draws; the same for all places.
     """
     differences = (losses - reference).T  # (U, N)
-    drawn = numpy.concatenate([counts @ differences / (counts @ tokens)[:, None] for counts in _draws(len(tokens), seed)])
+    drawn = numpy.concatenate(
+        [counts @ differences / (counts @ tokens)[:, None] for counts in _draws(len(tokens), seed)]
+    )
     # The spread among a few pieces of text is less than that of what they stand for.
     middle, wider = differences.sum(0) / tokens.sum(), numpy.sqrt(len(tokens) / max(len(tokens) - 1, 1))
     low, high = numpy.quantile(drawn, [error / 2, 1 - error / 2], axis=0)
