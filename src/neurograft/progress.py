@@ -32,8 +32,8 @@ def scan_line(progress: ScanProgress) -> str:
         return f"recovering: {progress.done} of {progress.total} places, {progress.seconds:.0f} s"
     best = f", best so far: {progress.best}" if progress.best else ""
     return (
-        f"round {progress.round} of {progress.rounds}: {progress.done}/{progress.total}, {progress.places} places{best}, "
-        f"{progress.seconds:.0f} s"
+        f"round {progress.round} of {progress.rounds}: {progress.done}/{progress.total} batches, "
+        f"{progress.places} places{best}, {progress.seconds:.0f} s"
     )
 
 

@@ -86,8 +86,8 @@ def manifest(organ: Manifest, size: int | None = None) -> RenderableType:
         rows.append(
             (
                 "scanned",
-                f"in {scanned.recipient} ({scanned.layer_count} layers): best is {scanned.mode} at {scanned.position} of "
-                f"{len(scanned.points)} places{ratio}",
+                f"in {scanned.recipient} ({scanned.layer_count} layers): best is {scanned.mode} at {scanned.position} "
+                f"of {len(scanned.points)} places{ratio}",
             )
         )
     rows += [("created", organ.created), ("file digest", organ.file_digest)]

@@ -72,6 +72,8 @@ class Engine(Protocol):
     """What a scan asks of whoever runs it."""
 
     kernels: Kernels
+    blocked: dict[Candidate, str]
+    """Places where the organ can't stand in a loaded model, with the reasons."""
 
     def run(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Outcome]]:
         """Run batches; yield each with what came of it, in any order."""
@@ -95,7 +97,7 @@ class LocalEngine:
     def __init__(self, setup: Setup, kernels: Kernels | None, folder: ScanFolder) -> None:
         self._setup, self._folder = setup, folder
         self._model, self._runner = setup.prepare(kernels)
-        self.kernels = self._runner.kernels
+        self.kernels, self.blocked = self._runner.kernels, self._runner.grafts.blocked
 
     def run(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Outcome]]:
         """See `Engine`."""
@@ -124,12 +126,13 @@ def _kept(setup: Setup, folder: ScanFolder, task: Task) -> KeptWeights | None:
 class _Worker:
     """What runs in a process of its own, maybe on another machine; Ray makes an actor of it."""
 
-    def __init__(self, setup: Setup, kernels: Kernels | None) -> None:
+    def __init__(self, setup: Setup) -> None:
         self._setup = setup
-        self._model, self._runner = setup.prepare(kernels)
 
-    def kernels(self) -> Kernels:
-        return self._runner.kernels
+    def prepare(self, kernels: Kernels | None) -> tuple[Kernels, dict[Candidate, str]]:
+        # Not when it is made: what fails there can't be told apart from the end of the process.
+        self._model, self._runner = self._setup.prepare(kernels)
+        return self._runner.kernels, self._runner.grafts.blocked
 
     def run(
         self, windows: list[Window], candidates: list[Candidate], recipient: bool, sent: Mapping[Candidate, Any]
@@ -175,13 +178,11 @@ class RayEngine:
             gpus = 1 if ray.cluster_resources().get("GPU", 0) >= workers else 0
             make = ray.remote(num_cpus=1, num_gpus=gpus)(_Worker)
             shared = ray.put(setup)
-            if kernels is None:
-                first: Any = make.remote(shared, None)
-                kernels = self._get(first.kernels.remote())
-                self._workers: list[Any] = [first, *(make.remote(shared, kernels) for _ in range(workers - 1))]
-            else:
-                self._workers = [make.remote(shared, kernels) for _ in range(workers)]
-            self.kernels: Kernels = kernels
+            self._workers: list[Any] = [make.remote(shared) for _ in range(workers)]
+            found: tuple[Kernels, dict[Candidate, str]] = self._get(self._workers[0].prepare.remote(kernels))
+            self.kernels, self.blocked = found
+            for reference in [worker.prepare.remote(self.kernels) for worker in self._workers[1:]]:
+                self._get(reference)
         except BaseException:
             self.close()
             raise

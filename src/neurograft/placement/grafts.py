@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from neurograft.anatomy import describe, layer_origins
 from neurograft.compat import refuse_unfit_config, verify_tensors
-from neurograft.errors import IncompatibleError
+from neurograft.errors import IncompatibleError, VerificationError
 from neurograft.placement.candidates import Candidate
 from neurograft.planning import Plan, make_plan, organ_origins
 from neurograft.steps import order_layers
@@ -70,7 +70,7 @@ class Grafts:
     Args:
         model: A loaded causal language model.
         organ: The organ.
-        candidates: The places.
+        candidates: The places; those where it can't stand, with the reasons, are then in `blocked`.
 
     Raises:
         IncompatibleError: The organ does not fit the model anywhere.
@@ -90,7 +90,14 @@ class Grafts:
         """The model's own layers."""
         self.layers = make_layers(model, organ, next(iter(plans.values())), self.own[0])
         """The organ's."""
-        self._places = {candidate: self._place(skeleton, plan, path) for candidate, plan in plans.items()}
+        self._places: dict[Candidate, _Place] = {}
+        for candidate, plan in plans.items():
+            try:
+                self._places[candidate] = self._place(skeleton, plan, path)
+            except VerificationError as error:
+                self.blocked[candidate] = str(error)
+        if not self._places:
+            raise IncompatibleError(next(iter(self.blocked.values())))
 
     def _place(self, skeleton: PreTrainedModel, plan: Plan, path: str) -> _Place:
         undo = put_layers(self.model, skeleton, plan, self.layers, path)

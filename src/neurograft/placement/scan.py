@@ -170,10 +170,11 @@ def scan(
         trust_remote_code=trust_remote_code,
     )
     worker = open_engine(engine, setup, state.kernels, folder, workers=workers, address=address)
+    blocked |= worker.blocked
     try:
         rounds = Rounds(
             worker,
-            setup.candidates,
+            [candidate for candidate in candidates if candidate not in blocked],
             samples,
             folder,
             state,
