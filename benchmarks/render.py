@@ -318,13 +318,14 @@ def scan_section(result: dict[str, Any]) -> str:
     return (
         f"## A scan\n\nAn organ of layers {settings['layers']} of SmolLM2-135M-Instruct, trained in place on "
         f"{settings['training_tokens']:,} tokens of clinical definitions, at every place of the same model, on "
-        f"{report['domain']['tokens']:,} other tokens ({report['domain']['documents']} documents), without recovery.\n\n"
+        f"{report['domain']['tokens']:,} other tokens ({report['domain']['documents']} documents), without "
+        "recovery.\n\n"
         + table(["", "each place by itself", "scan", "times cheaper"], costs)
-        + f"\nSeconds by itself: of {len(alone)} of the {len(places)} places, times {len(places) / len(alone):.1f}. Places "
-        f"in each round: {', '.join(map(str, left))}. Where a place was measured on all of the text both ways, the "
-        f"perplexities differ by {max(map(abs, same)):.1e} of themselves at most.\n\n"
-        f"Perplexity over the recipient's alone, which is {report['domain']['perplexity']:.2f} (* the best place, ≈ not to "
-        "be told apart from it; intervals are wide where a place dropped out after the first round):\n\n"
+        + f"\nSeconds by itself: of {len(alone)} of {len(places)} places, times {len(places) / len(alone):.1f}. "
+        f"Places in each round: {', '.join(map(str, left))}. Where a place was measured on all of the text both ways, "
+        f"the perplexities differ by {max(map(abs, same)):.1e} of themselves at most.\n\n"
+        f"Perplexity over the recipient's alone, which is {report['domain']['perplexity']:.2f} (* the best, ≈ not "
+        "to be told apart from it; intervals are wide where a place dropped out after the first round):\n\n"
         + table(["position", "replace", "insert"], rows)
     )
 

@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def evaluate_alone(organ: Organ, reference: Path, report: ScanReport, folder: Path) -> list[dict[str, Any]]:
-    """Evaluate every seventh place, and those that the scan kept to the end, by itself on all of the sample's documents."""
+    """Evaluate every seventh place, and those that the scan kept to the end, by itself on all of the sample."""
     from neurograft.placement.sampling import draw_sample
 
     model, tokenizer = load_model(reference), load_tokenizer(reference)

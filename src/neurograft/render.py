@@ -209,7 +209,7 @@ def scan(report: ScanReport) -> RenderableType:
         for text in texts:
             table.add_column(f"{mode}, {text}" if len(texts) > 1 else mode, justify="right")
     tied = set(report.tied)
-    at = {(place.position, place.mode): place for place in report.places}
+    at: dict[tuple[int, str], Place] = {(place.position, place.mode): place for place in report.places}
     for position in sorted({place.position for place in report.places}):
         cells = [_scanned(report, at.get((position, mode)), text, tied) for mode in modes for text in texts]
         table.add_row(str(position), *cells)

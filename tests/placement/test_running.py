@@ -65,7 +65,8 @@ def test_only_what_follows_a_place_runs(model_directory: Factory) -> None:
         nonlocal ran
         ran += 1
 
-    for layer in [*runner.grafts.own, *runner.grafts.layers]:
+    layers: list[Any] = [*runner.grafts.own, *runner.grafts.layers]
+    for layer in layers:
         layer.mlp.register_forward_hook(count)
     outcome = runner.run(WINDOWS, candidates)
     tokens = sum(len(window.ids) for window in WINDOWS)

@@ -350,7 +350,7 @@ def ray_of_two() -> Any:
     """A Ray cluster on this machine, with room for two workers."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error", configure_logging=False)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
     yield
     ray.shutdown()
 
