@@ -13,7 +13,6 @@ import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,12 +105,8 @@ def _has_files(folder: Path, sizes: dict[str, int]) -> bool:
     return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
 
 
-@dataclass
-class _Below:
-    """How the layers below pass a hidden state on."""
-
-    tuples: list[tuple[Any, ...] | None]
-    """What stands behind the hidden state in each one's output; `None` where it is returned bare."""
+Rest = tuple[Any, ...] | None
+"""What stands behind the hidden state in a layer's output; `None` where it is returned bare."""
 
 
 class Prefix:
@@ -129,7 +124,7 @@ class Prefix:
         self.model: Any = model
         layers = list(model.get_submodule(describe(model).layers_path).children())
         self.below, self.first = layers[:position], layers[position]
-        self._learned: _Below | None = None
+        self._learned: list[Rest] | None = None
 
     def works(self) -> bool:
         """Try whether given hidden states lead to the same logits, to the bit, as computed ones."""
@@ -142,7 +137,7 @@ class Prefix:
             with torch.no_grad():
                 computed = self.model(input_ids=ids, use_cache=False).logits
                 entering = self.entering(ids)
-                self._learned = _learn(self._outputs(ids), ids)
+                self._learned = learn_outputs(self._outputs(ids), ids)
                 if self._learned is None or entering.shape[:2] != ids.shape or entering.dim() != 3:
                     return False
                 with self.given(entering):
@@ -219,8 +214,8 @@ class Prefix:
 
         handle, undo = self.first.register_forward_pre_hook(enter, with_kwargs=True), Undo()
         try:
-            for layer, rest in zip(self.below, self._learned.tuples, strict=True):
-                undo.set(vars(layer), "forward", _hand_on(rest))
+            for layer, rest in zip(self.below, self._learned, strict=True):
+                undo.set(vars(layer), "forward", hand_on(rest))
             yield
         finally:
             undo.restore()
@@ -235,7 +230,9 @@ class _ReachedError(Exception):
         self.states = states
 
 
-def _hand_on(rest: tuple[Any, ...] | None) -> Any:
+def hand_on(rest: Rest) -> Any:
+    """Return a forward method that hands a hidden state on, in the form in which the layer returns one."""
+
     def forward(*args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
         return hidden if rest is None else (hidden, *rest)
@@ -243,17 +240,17 @@ def _hand_on(rest: tuple[Any, ...] | None) -> Any:
     return forward
 
 
-def _learn(outputs: list[Any], ids: torch.Tensor) -> _Below | None:
-    """Note how each layer below returns its hidden state; `None` if one returns other tensors beside it."""
-    tuples: list[tuple[Any, ...] | None] = []
+def learn_outputs(outputs: list[Any], ids: torch.Tensor) -> list[Rest] | None:
+    """Note how each layer returns its hidden state; `None` if one returns other tensors beside it."""
+    rests: list[Rest] = []
     for output in outputs:
         if isinstance(output, torch.Tensor) and output.shape[:2] == ids.shape:
-            tuples.append(None)
+            rests.append(None)
         elif type(output) is tuple and all(item is None for item in output[1:]):
-            tuples.append(output[1:])
+            rests.append(output[1:])
         else:
             return None
-    return _Below(tuples)
+    return rests
 
 
 def below_digest(model: PreTrainedModel, position: int) -> str:

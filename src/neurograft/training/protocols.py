@@ -298,6 +298,7 @@ def _trained_organ(
         "training": training,
         "training_history": organ.manifest.trainings,
         "evaluations": [evaluation],
+        "scans": [],  # they were of other weights
         "recommended_mode": mode,
         "recommended_position": first if options.protocol != "standalone" else organ.manifest.recommended_position,
         "probe": probe.to_manifest(answers, "float32"),
