@@ -11,6 +11,8 @@ from neurograft.placement.results import Place, ScanReport
 
 # Told apart by colour-blind people too, on light and on dark ground.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+# Ratios from which a straight axis would press the good places flat.
+_WIDE = 4.0
 _SYMBOLS: dict[Mode, str] = {"replace": "circle", "insert": "diamond"}
 
 
@@ -85,8 +87,10 @@ def positions(report: ScanReport, text: str) -> Any:
         if places:
             _add_places(figure, places, text, mode, colour)
     figure.add_hline(y=1.0, line_dash="dot", line_color="#8a97a5", annotation_text=report.recipient)
-    figure.update_xaxes(title=f"position (recipient layers before the organ), of {report.layer_count}")
-    figure.update_yaxes(title="perplexity, times the recipient's", type="log")
+    figure.update_xaxes(title=f"position, 0 to {report.layer_count}", dtick=1 if report.layer_count <= 16 else 5)
+    ratios = [getattr(place, text).ratio for place in report.places if getattr(place, text) is not None]
+    wide = max(ratios, default=1.0) > _WIDE
+    figure.update_yaxes(title="perplexity, times the recipient's", type="log" if wide else "linear")
     return figure
 
 
