@@ -96,7 +96,16 @@ def test_it_steps_in_where_it_can_and_nowhere_else(monkeypatch: pytest.MonkeyPat
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
 
 
-def test_long_sequences_and_other_devices_keep_the_fused_kernel() -> None:
-    assert choose_attention(LONGEST + 1, CPU, torch.float32) == "fused"
-    assert choose_attention(64, torch.device("meta"), torch.float32) == "fused"
-    assert choose_attention(64, CPU, torch.float32) in ("fused", "products")
+@pytest.mark.parametrize(
+    ("tokens", "kernels", "device", "chosen"),
+    [
+        (128, "bfloat16", "cpu", "products"),
+        (LONGEST, "bfloat16", "cpu", "products"),
+        (LONGEST + 1, "bfloat16", "cpu", "fused"),
+        (128, "float32", "cpu", "fused"),
+        (128, "float32-onednn", "cpu", "fused"),
+        (128, "bfloat16", "meta", "fused"),
+    ],
+)
+def test_the_faster_way_is_chosen_by_rule(tokens: int, kernels: Any, device: str, chosen: str) -> None:
+    assert choose_attention(tokens, kernels, torch.device(device)) == chosen

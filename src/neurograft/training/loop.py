@@ -225,8 +225,7 @@ class TrainingRun:
             if found is not None and found[0].kernels:
                 return json.dumps([found[0].kernels, found[0].attention]), {}
             kernels = [choose_arithmetic(p, device).kernels for p in (asked, "float32")]
-            dtype = torch.bfloat16 if kernels[0] == "bfloat16" else torch.float32
-            attention = choose_attention(self.batches.training.input_ids.shape[1], device, dtype)
+            attention = choose_attention(self.batches.training.input_ids.shape[1], kernels[0], device)
             return json.dumps([kernels, attention]), {}
 
         self.state.kernels, self.state.attention = json.loads(self.processes.from_first(choose)[0])
