@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,11 +52,12 @@ class PrefixCache:
     def __init__(self, folder: Path, *, rows: int, tokens: int, width: int, dtype: CacheDtype) -> None:
         import numpy
 
+        self.folder = folder
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.shape = (rows, tokens, width)
         row = tokens * width * self.dtype.itemsize
         with explained_os_errors(folder):
-            _make_files(folder, {"states.bin": rows * row, "there.bin": rows})
+            make_files(folder, {"states.bin": rows * row, "there.bin": rows})
             self._states = numpy.memmap(folder / "states.bin", dtype=numpy.uint8, mode="r+", shape=(rows, row))
             # Written after the states are on the disk: a row that an interruption cut short does not count as there.
             self._there = numpy.memmap(folder / "there.bin", dtype=numpy.uint8, mode="r+", shape=(rows,))
@@ -64,6 +65,10 @@ class PrefixCache:
     def has(self, rows: Give) -> bool:
         """Whether all these rows are there."""
         return bool(self._there[list(map(int, rows))].all())
+
+    def lacking(self, rows: Give) -> list[int]:
+        """Return those of some rows that are not there, in order, each once."""
+        return [row for row in dict.fromkeys(map(int, rows)) if not self._there[row]]
 
     def read(self, rows: Give) -> torch.Tensor:
         """Return the states of some rows, (len(rows), T, C), in the dtype that they are stored in."""
@@ -80,7 +85,7 @@ class PrefixCache:
         self._there.flush()
 
 
-def _make_files(folder: Path, sizes: dict[str, int]) -> None:
+def make_files(folder: Path, sizes: dict[str, int]) -> None:
     """Make a folder with files of zeros, all at once; one that is there already stays, even if made a moment ago."""
     if _has_files(folder, sizes):
         return
@@ -140,9 +145,8 @@ class Prefix:
         self.model.eval()
         try:
             with torch.no_grad():
-                computed = self.model(input_ids=ids, use_cache=False).logits
-                entering = self.entering(ids)
-                self._learned = _learn(self._outputs(ids), ids)
+                computed, entering, outputs = self._watch(ids)
+                self._learned = _learn(outputs, ids)
                 if self._learned is None or entering.shape[:2] != ids.shape or entering.dim() != 3:
                     return False
                 with self.given(entering):
@@ -157,16 +161,34 @@ class Prefix:
             for module, mode in modes.items():
                 module.training = mode
 
-    def _outputs(self, ids: torch.Tensor) -> list[Any]:
-        """Run the model; return what each layer below returned."""
+    def _watch(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[Any]]:
+        """Run the model once; return its logits, what entered the first layer, and what each layer below returned."""
         outputs: list[Any] = []
+        entering: list[torch.Tensor] = []
         handles = [layer.register_forward_hook(lambda _m, _a, output: outputs.append(output)) for layer in self.below]
+        handles.append(
+            self.first.register_forward_pre_hook(
+                lambda _m, args, kwargs: entering.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+            )
+        )
         try:
-            self.model(input_ids=ids, use_cache=False)
+            logits = self.model(input_ids=ids, use_cache=False).logits
         finally:
             for handle in handles:
                 handle.remove()
-        return outputs
+        return logits, entering[0].clone(), outputs
+
+    def up_to(self, position: int) -> Prefix:
+        """Return the same for a layer below the first one.
+
+        Raises:
+            UsageError: It was not asked whether this one works.
+        """
+        prefix = Prefix(self.model, position)
+        if self._learned is None:
+            raise UsageError("ask whether it works first.")
+        prefix._learned = _Below(self._learned.tuples[:position])
+        return prefix
 
     def entering(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return what enters the first layer that is to run, (B, T, C), for (B, T) token ids; nothing above it runs."""
@@ -220,7 +242,7 @@ class Prefix:
         handle, undo = self.first.register_forward_pre_hook(enter, with_kwargs=True), Undo()
         try:
             for layer, rest in zip(self.below, self._learned.tuples, strict=True):
-                undo.set(vars(layer), "forward", _hand_on(rest))
+                undo.set(vars(layer), "forward", hand_on(rest))
             yield
         finally:
             undo.restore()
@@ -235,7 +257,13 @@ class _ReachedError(Exception):
         self.states = states
 
 
-def _hand_on(rest: tuple[Any, ...] | None) -> Any:
+class UnusualOutputError(Exception):
+    """A layer returns other tensors beside its hidden states."""
+
+
+def hand_on(rest: tuple[Any, ...] | None) -> Any:
+    """Return a `forward` that gives back the hidden states that it is given, and `rest` behind them, if any."""
+
     def forward(*args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
         return hidden if rest is None else (hidden, *rest)
@@ -243,32 +271,55 @@ def _hand_on(rest: tuple[Any, ...] | None) -> Any:
     return forward
 
 
+def behind_states(output: Any) -> tuple[Any, ...] | None:
+    """Return what stands behind the hidden states in a layer's output; `None` if they are returned bare.
+
+    Raises:
+        UnusualOutputError: Something does.
+    """
+    if isinstance(output, torch.Tensor):
+        return None
+    if type(output) is tuple and all(item is None for item in output[1:]):
+        return output[1:]
+    raise UnusualOutputError
+
+
 def _learn(outputs: list[Any], ids: torch.Tensor) -> _Below | None:
     """Note how each layer below returns its hidden state; `None` if one returns other tensors beside it."""
-    tuples: list[tuple[Any, ...] | None] = []
-    for output in outputs:
-        if isinstance(output, torch.Tensor) and output.shape[:2] == ids.shape:
-            tuples.append(None)
-        elif type(output) is tuple and all(item is None for item in output[1:]):
-            tuples.append(output[1:])
-        else:
-            return None
-    return _Below(tuples)
+    try:
+        tuples = [behind_states(output) for output in outputs]
+    except UnusualOutputError:
+        return None
+    bare = [output for output, rest in zip(outputs, tuples, strict=True) if rest is None]
+    return _Below(tuples) if all(output.shape[:2] == ids.shape for output in bare) else None
 
 
-def below_digest(model: PreTrainedModel, position: int) -> str:
-    """Return a digest of everything that decides what enters layer `position`: weights below it and configuration."""
+def below_digest(model: PreTrainedModel, position: int, elsewhere: Mapping[str, str] | None = None) -> str:
+    """Return a digest of everything that decides what enters layer `position`: weights below it and configuration.
+
+    Args:
+        model: The model.
+        position: Number of the layer.
+        elsewhere: Digests of tensors that are not in memory, under their names in the model.
+    """
     path = describe(model).layers_path
     later = tuple(f"{path}.{number}." for number in range(position, len(list(model.get_submodule(path).children()))))
     head = {id(p) for p in getattr(model.get_output_embeddings(), "parameters", list)()}
     tied = {id(p) for p in model.get_input_embeddings().parameters()}
-    digests = {
-        name: tensor_digest(tensor)
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
-        if not name.startswith(later) and (id(tensor) not in head or id(tensor) in tied)
-    }
+    known, digests = elsewhere or {}, dict[str, str]()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not name.startswith(later) and (id(tensor) not in head or id(tensor) in tied):
+            digests[name] = known.get(name) or stored_digest(tensor)
     config = json.dumps(model.config.to_diff_dict(), sort_keys=True, default=str)
     return hashlib.sha256(f"{combine_digests(digests)}{position}{config}{model.dtype}".encode()).hexdigest()
+
+
+def stored_digest(tensor: torch.Tensor) -> str:
+    """Return a tensor's digest; of one of bitsandbytes, with the scales that its codes are multiplied by."""
+    packed: Any = getattr(tensor, "quant_state", None)
+    if packed is None:
+        return tensor_digest(tensor)
+    return combine_digests({"codes": tensor_digest(tensor), "scales": tensor_digest(packed.absmax)})
 
 
 def cache_for(
@@ -280,6 +331,7 @@ def cache_for(
     dtype: CacheDtype,
     kernels: Kernels,
     needed: bool,
+    elsewhere: Mapping[str, str] | None = None,
 ) -> PrefixCache | None:
     """Open the cache for some packed text in a host, under the digest of everything that it depends on.
 
@@ -291,13 +343,13 @@ def cache_for(
         dtype: How the states are stored.
         kernels: How matrices are multiplied where they are computed.
         needed: Whether too little disk is an error; otherwise there is no cache then.
+        elsewhere: See `below_digest`.
 
     Raises:
         NeurograftError: The disk has no room for it.
     """
-    key = hashlib.sha256(
-        f"{below_digest(model, position)}{tensor_digest(input_ids)}{dtype}{kernels}{torch.__version__}".encode()
-    ).hexdigest()
+    below = below_digest(model, position, elsewhere)
+    key = hashlib.sha256(f"{below}{tensor_digest(input_ids)}{dtype}{kernels}{torch.__version__}".encode()).hexdigest()
     target, width = folder / key[:32], int(model.config.hidden_size)
     size = input_ids.numel() * width * getattr(torch, dtype).itemsize
     folder.mkdir(parents=True, exist_ok=True)
