@@ -94,6 +94,17 @@ def fill(prefix: Prefix, layers: OffloadedLayers, texts: Sequence[Passages]) -> 
     if not climbs:
         return
     _require_room(climbs)
+    try:
+        _climb(prefix, layers, climbs)
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(
+            "the text was passing through the layers below the organ; the same command goes on from there"
+        ) from interrupt
+    for climb in climbs:
+        climb.end()
+
+
+def _climb(prefix: Prefix, layers: OffloadedLayers, climbs: Sequence[_Climb]) -> None:
     below = len(prefix.below)
     for number in range(below):
         if all(climb.is_above(number) for climb in climbs):
@@ -102,12 +113,12 @@ def fill(prefix: Prefix, layers: OffloadedLayers, texts: Sequence[Passages]) -> 
         with layers.held(number):
             for climb in climbs:
                 climb.pass_layer(prefix, number)
-    for climb in climbs:
-        climb.end()
 
 
 @dataclass
 class _Climb:
+    """One text on its way up through the layers."""
+
     text: Passages
     jobs: list[tuple[list[int], list[int]]]
     stage: _Stage

@@ -80,7 +80,7 @@ def pack(model: PreTrainedModel, attachment: Attachment, below: OffloadedLayers 
 
 def _pack_layer(layer: nn.Module, device: torch.device, undo: Undo) -> None:
     """Replace a layer's plain linear modules by packed ones, on a device."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
     for module in list(layer.modules()):
         for name, child in list(module.named_children()):
@@ -94,6 +94,9 @@ def _pack_layer(layer: nn.Module, device: torch.device, undo: Undo) -> None:
                 quant_type="nf4",
                 device="meta",
             )
-            packed.weight = Params4bit(child.weight.detach(), requires_grad=False, quant_type="nf4")
+            # Scales that are packed once more would hide from the digest that a cache of hidden states goes by.
+            packed.weight = Params4bit(
+                child.weight.detach(), requires_grad=False, quant_type="nf4", compress_statistics=False
+            )
             packed.bias = child.bias
             undo.set(module._modules, name, packed.to(device).eval())  # moving it packs it

@@ -273,6 +273,7 @@ class TrainingRun:
         finally:
             self._tracking.close()
         self._keep_best()
+        self._let_go()
         self._training_mode(False)
         self.state.seconds = self._seconds()
 
@@ -302,6 +303,12 @@ class TrainingRun:
             for number, (parameter, last) in enumerate(zip(self.parameters, self._best, strict=True)):
                 first, strength = self._start[number] if self._start else last, self.options.strength
                 parameter.copy_(torch.lerp(first, last, strength) if strength < 1 else last)
+
+    def _let_go(self) -> None:
+        """Free what only training needs: gathering what was trained takes memory again."""
+        self._best, self._start = [], None
+        for optimizer in self.optimizers.each:
+            optimizer.state.clear()
 
     def _step(self, rows: list[int]) -> None:
         self._training_mode(True)
@@ -385,10 +392,8 @@ class TrainingRun:
             with self._prefix.given(cache.read(rows).to(self.model.device, self.model.dtype)):
                 yield
         else:
-            with self._prefix.noted(cache.dtype) as seen:
+            with self._prefix.noted(lambda states: cache.settle(rows, states)):
                 yield
-            if seen:
-                cache.write(rows, seen[0])
 
     def _open_caches(self, position: int) -> dict[str, PrefixCache | None]:
         """Open the caches of what enters the trained layers, where they are wanted and possible."""
@@ -453,13 +458,15 @@ class TrainingRun:
         log.info("step %d: held-out perplexity %.2f", state.step, perplexity)
         self._tracking.log({"held_out_perplexity": perplexity}, state.step)
         best = _finite(state.held_out[state.best][1]) if state.held_out else math.inf
-        kept = _copies(self.parameters) if _finite(loss) < best else None
+        self._consistent = False
+        if _finite(loss) < best:
+            state.best = len(state.held_out)
+            with torch.no_grad():
+                for kept, parameter in zip(self._best, self.parameters, strict=True):
+                    kept.copy_(parameter)
         if self._average is not None:
             self._average.swap()
-        self._consistent = False
         state.held_out.append((state.step, loss))
-        if kept is not None:
-            self._best, state.best = kept, len(state.held_out) - 1
         if state.window:
             state.losses.append((state.step, sum(state.window) / len(state.window)))
             state.window = []

@@ -187,7 +187,29 @@ class _Source:
         Raises:
             ModelError: These layers need other tensors where they are than in a model of their own.
         """
-        checkpoint, name = self.checkpoint, self.checkpoint.directory.name
+        name = self.checkpoint.directory.name
+        try:
+            with quiet_transformers():
+                model, report = self._load(layers, outside)
+        except Exception as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ModelError(f"{name} can't be loaded in parts ({reason}); train without --offload.") from error
+        path = describe(model).layers_path
+        missing = [
+            str(key)
+            for kind in ("missing_keys", "mismatched_keys")
+            for key in report[kind]
+            if outside or f"{path}." in str(key)
+        ]
+        if missing:
+            raise ModelError(
+                f"a part of {name} has {len(missing)} tensors that its files give no values, such as "
+                f"{min(missing)}; train without --offload."
+            )
+        return model.requires_grad_(False)
+
+    def _load(self, layers: Sequence[int], outside: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
+        checkpoint = self.checkpoint
         rows = [checkpoint.rows[layer] for layer in layers]
         config = with_rows(self.config, rows) if outside else carrier_config(self.config, rows)
         state = {
@@ -197,26 +219,15 @@ class _Source:
         }
         if outside:
             state |= {n: load_piece(p) for n, p in checkpoint.pieces.items() if checkpoint.layer_of(n) is None}
-        with quiet_transformers():
-            loaded: Any = self.kind.from_pretrained(
-                None,
-                config=config,
-                state_dict=state,
-                dtype=self.config.dtype,
-                output_loading_info=True,
-                attn_implementation=self.config._attn_implementation,
-            )
-        model: PreTrainedModel = loaded[0]
-        path = describe(model).layers_path
-        wrong = [
-            str(key)
-            for kind in ("missing_keys", "mismatched_keys")
-            for key in loaded[1][kind]
-            if outside or f"{path}." in str(key)
-        ]
-        if wrong:
-            raise ModelError(f"the files of {name} give {len(wrong)} tensors no values, such as {sorted(wrong)[0]}.")
-        return model.requires_grad_(False)
+        loaded: Any = self.kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            dtype=self.config.dtype,
+            output_loading_info=True,
+            attn_implementation=self.config._attn_implementation,
+        )
+        return loaded
 
 
 def _fill_present(
@@ -249,7 +260,7 @@ def _give(source: nn.Module, target: nn.Module, device: torch.device, undo: Undo
         for tensors, places in ((module._parameters, own._parameters), (module._buffers, own._buffers)):
             for name, tensor in tensors.items():
                 old = places.get(name)
-                if (tensor is None) != (old is None) or (tensor is not None and tensor.shape != old.shape):
+                if _shape(tensor) != _shape(old):
                     raise ModelError(
                         f"{path}.{name} is of shape {_shape(tensor)} in a part of this model and {_shape(old)} in all "
                         "of it, so it can't be loaded in parts; train without --offload."

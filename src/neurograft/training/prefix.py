@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +83,20 @@ class PrefixCache:
         self._states.flush()
         self._there[chosen] = 1
         self._there.flush()
+
+    def settle(self, rows: Sequence[int], states: torch.Tensor) -> torch.Tensor:
+        """Store those of some rows that are not there yet, and return what is there: one state for a row, ever.
+
+        The same row can come to other bits in another batch, and then it would depend on the order what is learned.
+
+        Args:
+            rows: Numbers of the rows.
+            states: (len(rows), T, C) their states as they were computed now.
+        """
+        lacking = self.lacking(rows)
+        if lacking:
+            self.write(lacking, states[[rows.index(row) for row in lacking]])
+        return self.read(rows)
 
 
 def make_files(folder: Path, sizes: dict[str, int]) -> None:
@@ -207,26 +221,21 @@ class Prefix:
         raise RuntimeError("the first layer that is to run was not reached")
 
     @contextmanager
-    def noted(self, dtype: torch.dtype) -> Iterator[list[torch.Tensor]]:
-        """Note what enters the first layer that runs, (B, T, C), in a narrower dtype, to which it is rounded there too.
+    def noted(self, keep: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+        """Note what enters the first layer that runs, and let what is kept of it enter instead.
 
         Args:
-            dtype: How it is to be kept.
-
-        Yields:
-            A list that holds it once the model was called.
+            keep: Called with it, (B, T, C); returns it as it is kept.
         """
-        seen: list[torch.Tensor] = []
 
         def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             states = args[0] if args else kwargs["hidden_states"]
-            seen.append(states.detach().to(dtype))
-            rounded = seen[-1].to(states.dtype)
-            return ((rounded, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": rounded})
+            kept = keep(states.detach()).to(states)
+            return ((kept, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": kept})
 
         handle = self.first.register_forward_pre_hook(note, with_kwargs=True)
         try:
-            yield seen
+            yield
         finally:
             handle.remove()
 
