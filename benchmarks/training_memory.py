@@ -1,13 +1,14 @@
 """Memory of training an organ in a large host, whole in memory and with its lower layers on the disk.
 
-Run it with `python benchmarks/training_memory.py`; it writes a random bfloat16 llama of some two billion parameters to a
-temporary folder, trains an organ of two layers late, in the middle and early in it, a process for each run, and writes
-benchmarks/results/training_memory.json.
+Run it with `python benchmarks/training_memory.py`; it writes a random bfloat16 llama of some two billion parameters
+into a temporary folder, trains an organ of two layers late, in the middle and early in it, a process for each run, and
+writes benchmarks/results/training_memory.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import resource
@@ -75,14 +76,13 @@ def measure(model: Path, organ: Path, offload: bool) -> dict[str, Any]:
 
     documents = model.parent / "text.txt"
     documents.write_text("\n\n".join(f"Report {number}: the finding was {number * 37 % 101}." for number in range(40)))
-    checkpoint = open_checkpoint(ModelDirectory(model, model.name))
     imported = resident()
     started = time.monotonic()
     trained = train(organ, host=model, data=documents, offload=offload, **OPTIONS)
     seconds, training = time.monotonic() - started, trained.manifest.training
     if training is None:
         raise RuntimeError("an organ that was trained says nothing of it")
-    position = training.position or 0
+    position, checkpoint = training.position or 0, open_checkpoint(ModelDirectory(model, model.name))
     layers = [bytes_of(checkpoint.layer_pieces(number).values()) for number in range(LAYERS)]
     everything = bytes_of(checkpoint.pieces.values())
     return {
@@ -102,12 +102,7 @@ def measure(model: Path, organ: Path, offload: bool) -> dict[str, Any]:
 
 def resident() -> int:
     """Return what this process holds once everything that it needs is imported, in bytes."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    torch.ones(8) @ torch.ones(8)
-    if AutoModelForCausalLM is None:
-        raise RuntimeError("unreachable")
+    importlib.import_module("transformers.models.llama.modeling_llama")
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 

@@ -13,7 +13,7 @@ from neurograft.models import ModelDirectory, load_model
 from neurograft.surgery import Attachment, Undo
 from neurograft.training.offloading import OffloadedLayers, load_offloaded
 from neurograft.training.options import HostPrecision
-from neurograft.training.processes import starting_device
+from neurograft.training.processes import spreads, starting_device
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,10 +24,12 @@ def check_precision(precision: HostPrecision) -> None:
     """Refuse four-bit weights where they can't be computed with.
 
     Raises:
-        UsageError: There is no GPU, or bitsandbytes is not installed.
+        UsageError: There is no GPU, bitsandbytes is not installed, or the host is to be spread over processes.
     """
     if precision != "nf4":
         return
+    if spreads():
+        raise UsageError("--host-precision nf4 goes with DDP; FSDP2 spreads a host that is `float32` or as `stored`.")
     if starting_device().type not in ("cuda", "xpu"):
         raise UsageError("--host-precision nf4 needs a GPU, and there is none; hold the host as `stored`.")
     if importlib.util.find_spec("bitsandbytes") is None:

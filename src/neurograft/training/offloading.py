@@ -24,6 +24,7 @@ from neurograft.layer_weights import carrier_config, quiet_transformers
 from neurograft.models import ModelDirectory, load_config
 from neurograft.number_formats import load_piece
 from neurograft.surgery import Undo
+from neurograft.tensor_files import torch_name
 from neurograft.training.prefix import UnusualOutputError, behind_states, hand_on, stored_digest
 
 if TYPE_CHECKING:
@@ -161,7 +162,8 @@ def _stored_dtype(checkpoint: Checkpoint, config: PreTrainedConfig) -> torch.dty
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
     piece = next((piece for piece in checkpoint.pieces.values() if piece.is_float), None)
-    return torch.float32 if piece is None else load_piece(piece).dtype
+    dtype: torch.dtype = torch.float32 if piece is None else getattr(torch, torch_name(piece.dtype))
+    return dtype
 
 
 @dataclass(frozen=True)
