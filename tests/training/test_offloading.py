@@ -211,6 +211,48 @@ def test_interrupted_while_the_layers_are_read(
     assert not list((tmp_path / "again" / "prefix").glob("*.below"))
 
 
+def test_what_was_interrupted_does_not_mislead_a_run_with_other_batches(
+    donor: Path, organ: Organ, text: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    other = {**QUICK, "batch_size": 2, "seed": 5}
+    whole = train(organ, host=donor, data=text, eval_data=text, at=4, **other)
+    monkeypatch.setenv("NEUROGRAFT_CACHE", str(tmp_path / "again"))
+    read = OffloadedLayers.held
+
+    def interrupted(layers: OffloadedLayers, number: int) -> Any:
+        if number == 3 and list((tmp_path / "again" / "prefix").glob("*.below")):
+            raise KeyboardInterrupt
+        return read(layers, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OffloadedLayers, "held", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(organ, host=donor, data=text, eval_data=text, at=4, offload=True, **QUICK)
+    assert len(list((tmp_path / "again" / "prefix").glob("*.below"))) == 2
+    _same(whole, train(organ, host=donor, data=text, eval_data=text, at=4, offload=True, **other))
+
+
+def test_two_runs_on_the_same_text_at_once(
+    donor: Path, organ: Organ, text: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole, climb, places = train(organ, host=donor, data=text, at=4, **QUICK), filling._climb, list[Path]()
+    monkeypatch.setenv("NEUROGRAFT_CACHE", str(tmp_path / "again"))
+    trained: list[Organ] = []
+
+    def meanwhile(*arguments: Any) -> None:
+        if not places:  # once the first has its place, the second begins and ends
+            places.extend((tmp_path / "again" / "prefix").glob("*.below"))
+            trained.append(train(organ, host=donor, data=text, at=4, offload=True, **QUICK))
+        climb(*arguments)
+
+    monkeypatch.setattr(filling, "_climb", meanwhile)
+    trained.append(train(organ, host=donor, data=text, at=4, offload=True, **QUICK))
+    assert len(places) == 2 and len(trained) == 2
+    for parts in trained:
+        _same(whole, parts)
+    assert not list((tmp_path / "again" / "prefix").glob("*.below"))
+
+
 def test_interrupted_while_it_trains_and_gone_on_without(donor: Path, organ: Organ, text: Path, tmp_path: Path) -> None:
     whole = train(organ, host=donor, data=text, at=4, **QUICK)
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import logging
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +17,7 @@ import torch
 
 from neurograft.arithmetic import Arithmetic
 from neurograft.errors import NeurograftError
-from neurograft.files import explained_os_errors, human_bytes
+from neurograft.files import explained_os_errors, human_bytes, locked
 from neurograft.training.offloading import OffloadedLayers
 from neurograft.training.prefix import Prefix, PrefixCache, make_files
 
@@ -30,14 +35,18 @@ class Passages:
     batches: Sequence[Sequence[int]]
     """Numbers of the sequences in each."""
 
-    def missing(self) -> Iterator[tuple[list[int], list[int]]]:
-        """Yield the batches with something that is not in the cache, and which sequences they are to give."""
+    def needed(self) -> Iterator[tuple[list[int], list[int]]]:
+        """Yield the batches with something that is not in the cache, and which sequences each is the first to hold."""
         seen: set[int] = set()
         for rows in self.batches:
-            own = [row for row in self.cache.lacking(rows) if row not in seen]
-            if own:
+            if any(row not in seen for row in self.cache.lacking(rows)):
+                own = [row for row in dict.fromkeys(rows) if row not in seen]
                 seen.update(own)
                 yield list(rows), own
+
+    def digest(self) -> str:
+        """Return a digest of the batches."""
+        return hashlib.sha256(json.dumps([list(rows) for rows in self.batches]).encode()).hexdigest()
 
 
 class _Stage:
@@ -59,6 +68,11 @@ class _Stage:
                 for name in ("even.bin", "odd.bin")
             ]
             self._passed = numpy.memmap(folder / "passed.bin", dtype=numpy.uint32, mode="r+", shape=(rows,))
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing has passed a layer."""
+        return not self._passed.any()
 
     def passed(self, rows: Sequence[int]) -> int:
         """Return how many layers all these rows have passed."""
@@ -90,18 +104,15 @@ def fill(prefix: Prefix, layers: OffloadedLayers, texts: Sequence[Passages]) -> 
     Raises:
         NeurograftError: The disk has no room for the hidden states on their way.
     """
-    climbs = [_Climb.begin(text) for text in texts if any(True for _ in text.missing())]
-    if not climbs:
-        return
-    _require_room(climbs)
-    try:
-        _climb(prefix, layers, climbs)
-    except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(
-            "the text was passing through the layers below the organ; the same command goes on from there"
-        ) from interrupt
-    for climb in climbs:
-        climb.end()
+    with contextlib.ExitStack() as stack:
+        climbs = [stack.enter_context(_climbing(text)) for text in texts if any(text.needed())]
+        _require_room(climbs)
+        try:
+            _climb(prefix, layers, climbs)
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt(
+                "the text was passing through the layers below the organ; the same command goes on from there"
+            ) from interrupt
 
 
 def _climb(prefix: Prefix, layers: OffloadedLayers, climbs: Sequence[_Climb]) -> None:
@@ -115,6 +126,26 @@ def _climb(prefix: Prefix, layers: OffloadedLayers, climbs: Sequence[_Climb]) ->
                 climb.pass_layer(prefix, number)
 
 
+@contextmanager
+def _climbing(text: Passages) -> Iterator[_Climb]:
+    """Yield a text with the place where its hidden states lie until it is done; what interrupts leaves them there."""
+    cache = text.cache
+    # States are of use only to a run with the same batches, and to one at a time.
+    folder = cache.folder.with_name(f"{cache.folder.name}.{text.digest()[:16]}.below")
+    with contextlib.ExitStack() as stack:
+        stage = _Stage(folder, cache)
+        if not stack.enter_context(locked(folder)):
+            own = stack.enter_context(tempfile.TemporaryDirectory(dir=folder.parent, suffix=".below"))
+            folder = Path(own) / "states"
+            stage = _Stage(folder, cache)
+        climb = _Climb(text, list(text.needed()), stage, {})
+        try:
+            yield climb
+        finally:
+            if stage.is_new or not any(text.needed()):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
 @dataclass
 class _Climb:
     """One text on its way up through the layers."""
@@ -122,59 +153,50 @@ class _Climb:
     text: Passages
     jobs: list[tuple[list[int], list[int]]]
     stage: _Stage
-    folder: Path
     dtypes: dict[int, torch.dtype]
     """Number of layers passed -> dtype of the hidden states after them, where it was seen."""
-
-    @classmethod
-    def begin(cls, text: Passages) -> _Climb:
-        folder = text.cache.folder.with_name(f"{text.cache.folder.name}.below")
-        return cls(text, list(text.missing()), _Stage(folder, text.cache), folder, {})
 
     def is_above(self, number: int) -> bool:
         return all(self.stage.passed(own) > number for _, own in self.jobs)
 
     def pass_layer(self, prefix: Prefix, number: int) -> None:
         """Let every batch pass a layer; above the last one, its states go into the cache."""
-        model, last = prefix.model, number + 1 == len(prefix.below)
-        below, above = prefix.up_to(number), prefix.up_to(number + 1)
+        is_last = number + 1 == len(prefix.below)
         for rows, own in self.jobs:
             if self.stage.passed(own) > number:
                 continue
-            ids = self.text.input_ids[rows]
-            with self.text.arithmetic.active(model.device):
-                if number == 0:
-                    states = above.entering(ids)
-                else:
-                    given = self.stage.read(rows, number).to(model.device, self.dtypes.get(number, model.dtype))
-                    with below.given(given):
-                        states = above.entering(ids)
-            self.dtypes[number + 1] = states.dtype
+            states = self._compute(prefix, number, rows)
             chosen = states[[rows.index(row) for row in own]]
-            if last:
-                self.text.cache.write(own, chosen)
+            if is_last:
+                self.text.cache.settle(own, chosen)
             else:
                 self.stage.write(own, number + 1, chosen)
         self.stage.flush()
 
-    def end(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def _compute(self, prefix: Prefix, number: int, rows: list[int]) -> torch.Tensor:
+        """Return what leaves a layer, (len(rows), T, C)."""
+        model, ids = prefix.model, self.text.input_ids[rows]
+        given: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if number > 0:
+            dtype = self.dtypes.get(number, model.dtype)
+            given = prefix.up_to(number).given(self.stage.read(rows, number).to(model.device, dtype))
+        with self.text.arithmetic.active(model.device), given:
+            states = prefix.up_to(number + 1).entering(ids)
+        self.dtypes[number + 1] = states.dtype
+        return states
 
 
 def _require_room(climbs: Sequence[_Climb]) -> None:
-    """Check that the disk has room for both files of every climb."""
-    size = sum(
-        2 * 4 * len(own) * climb.text.cache.shape[1] * climb.text.cache.shape[2]
-        for climb in climbs
-        for _, own in climb.jobs
-        if climb.stage.passed(own) == 0
+    """Check that the disk has room for both files of every climb that begins.
+
+    Raises:
+        NeurograftError: It has not.
+    """
+    rows = [(len(own), climb.text.cache) for climb in climbs for _, own in climb.jobs if climb.stage.passed(own) == 0]
+    size = sum(2 * 4 * count * cache.shape[1] * cache.shape[2] for count, cache in rows)
+    if not rows or size <= (free := shutil.disk_usage(rows[0][1].folder).free):
+        return
+    raise NeurograftError(
+        f"the hidden states on their way through the layers below the organ take {human_bytes(size)}, and "
+        f"{rows[0][1].folder.parent} has {human_bytes(free)} free; train on fewer tokens, or without --offload."
     )
-    folder = climbs[0].folder
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        for climb in climbs:
-            climb.end()
-        raise NeurograftError(
-            f"the hidden states on their way through the layers below the organ take {human_bytes(size)}, and "
-            f"{folder.parent} has {human_bytes(free)} free; train on fewer tokens, or without --offload."
-        )
