@@ -270,6 +270,26 @@ def _beside_lora(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def phases_section(result: dict[str, Any]) -> str:
+    """Render what was tried beside one plain phase of training."""
+    settings = result["settings"]
+    rows = []
+    for row in result["rows"]:
+        before = row.get("seconds_of_teacher") or row.get("seconds_of_search")
+        rows.append(
+            [
+                row["name"] + (f" ({row['lr']:g})" if "lr" in row else ""),
+                *(f"{row['perplexity'][text]:.2f}" for text in ("domain", "general")),
+                f"{row['seconds']:.0f}" + (f" + {before:.0f} before" if before else ""),
+            ]
+        )
+    return (
+        f"## Phases, a teacher, a range test\n\nAn organ of layers {settings['layers']}, "
+        f"{settings['tokens']:,} tokens, {settings['tokens_a_step']} a step, one seed, one thread.\n\n"
+        + table(["way", "domain", "general", "seconds"], rows)
+    )
+
+
 def training_cost_section(result: dict[str, Any]) -> str:
     """Render what a step costs, and the share of the rate of plain matrix products that it reaches."""
     settings, rows = result["settings"], []
@@ -280,19 +300,66 @@ def training_cost_section(result: dict[str, Any]) -> str:
                 row["way"],
                 row["kernels"],
                 f"{statistics.median(row['seconds']):.2f}",
+                f"{row['first_seconds']:.1f}",
                 f"{row['gigaflop']:.0f}",
                 f"{statistics.median(shares):.0%}",
                 f"{row['megabytes']:,}",
                 f"{row['megabytes_in_all']:,}",
             ]
         )
-    header = ["step of", "arithmetic", "seconds", "GFLOP needed", "share of matrix rate", "memory beyond model, MB"]
+    header = ["step of", "arithmetic", "seconds", "the first", "GFLOP needed", "share of matrix rate"]
     return (
         f"## What a training step costs\n\n{settings['batch_size']} x {settings['sequence_length']} tokens; medians "
         f"of {settings['rounds']} rounds in turns. Needed are only the products with weights that the method asks for; "
         "the rate is that of plain products of the same size in the same arithmetic, measured in the same process. The "
-        "aim was a share of 70 %.\n\n" + table([*header, "in all, MB"], rows)
+        "aim was a share of 70 %.\n\n" + table([*header, "memory beyond model, MB", "in all, MB"], rows)
     )
+
+
+def scan_section(result: dict[str, Any]) -> str:
+    """Render a scan's curve, and what it cost beside evaluating each place by itself."""
+    report, settings = result["report"], result["settings"]
+    places, best = report["places"], (report["mode"], report["position"])
+    at = {(place["position"], place["mode"]): place for place in places}
+    rows = [
+        [number, *(_place_cell(at.get((number, mode)), best, report["tied"]) for mode in ("replace", "insert"))]
+        for number in range(report["layer_count"] + 1)
+    ]
+    alone = [row["seconds"] for row in result["alone"] if row["every_seventh"]]
+    estimate = statistics.mean(alone) * len(places)
+    passes = report["layer_passes_from_scratch"] / report["layer_passes"]
+    same = [row["perplexity"] / row["scanned"] - 1 for row in result["alone"] if row["scanned"] is not None]
+    rounds = max(place["rounds"] for place in places)
+    left = [sum(place["rounds"] > number for place in places) for number in range(rounds)]
+    costs = [
+        ["layer passes, one token through one layer", f"{report['layer_passes_from_scratch'] / 1e6:.2f} million",
+         f"{report['layer_passes'] / 1e6:.2f} million", f"{passes:.1f}"],
+        ["seconds", f"{estimate:,.0f}", f"{report['seconds']:,.0f}", f"{estimate / report['seconds']:.1f}"],
+    ]  # fmt: skip
+    return (
+        f"## A scan\n\nAn organ of layers {settings['layers']} of SmolLM2-135M-Instruct, trained in place on "
+        f"{settings['training_tokens']:,} tokens of clinical definitions, at every place of the same model, on "
+        f"{report['domain']['tokens']:,} other tokens ({report['domain']['documents']} documents), without "
+        "recovery.\n\n"
+        + table(["", "each place by itself", "scan", "times cheaper"], costs)
+        + f"\nSeconds by itself: of {len(alone)} of {len(places)} places, times {len(places) / len(alone):.1f}. "
+        f"Places in each round: {', '.join(map(str, left))}. Where a place was measured on all of the text both ways, "
+        f"the perplexities differ by {max(map(abs, same)):.1e} of themselves at most.\n\n"
+        f"Perplexity over the recipient's alone, which is {report['domain']['perplexity']:.2f} (* the best, ≈ not "
+        "to be told apart from it; intervals are wide where a place dropped out after the first round):\n\n"
+        + table(["position", "replace", "insert"], rows)
+    )
+
+
+def _place_cell(place: dict[str, Any] | None, best: tuple[str, int], tied: list[str]) -> str:
+    if place is None or place["domain"] is None:
+        return ""
+    mark = "* " if (place["mode"], place["position"]) == best else ""
+    mark = "≈ " if f"{place['mode']} at {place['position']}" in tied else mark
+    score = place["domain"]
+    digits = 3 if score["ratio"] < 100 else 0
+    ratio, low, high = (f"{score[name]:,.{digits}f}" for name in ("ratio", "low", "high"))
+    return f"{mark}{ratio} [{low}, {high}]"
 
 
 def disk_section(result: dict[str, Any]) -> str:
@@ -369,9 +436,11 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo_section,
     "adaptation": adaptation_section,
     "engine": engine_section,
+    "phases": phases_section,
     "training_cost": training_cost_section,
     "protocols": protocols_section,
     "recovery": recovery_section,
+    "scan": scan_section,
     "disk": disk_section,
     "training_memory": training_memory_section,
 }

@@ -8,6 +8,7 @@ own, so that its peak memory is its own; the ways take turns, so that other work
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -15,12 +16,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from neurograft import extraction
+from neurograft.allocator import keeping_freed_memory
+from neurograft.anatomy import describe
 from neurograft.arithmetic import Arithmetic
 from neurograft.demonstration import find_ontology, find_packaged_model, read_definitions
 from neurograft.models import load_model, load_tokenizer
@@ -32,27 +36,51 @@ from render import describe_run
 
 RESULT = Path(__file__).parent / "results" / "training_cost.json"
 STEPS, BATCH_SIZE, SEQUENCE_LENGTH, ROUNDS = 6, 8, 128, 3
-# Name -> method, settings (an organ's layers are START:STOP), training options, and whether all logits are to exist.
-WAYS: dict[str, tuple[str, dict[str, Any], dict[str, Any], bool]] = {
-    "LoRA, rank 16": ("lora", {}, {}, False),
-    "LoRA, rank 16, float32": ("lora", {}, {"precision": "float32"}, False),
-    "LoRA, rank 16, all logits": ("lora", {}, {}, True),
-    "all parameters": ("full", {}, {}, True),
-    "organ 10:13": ("organ", {"layers": "10:13"}, {"cache_prefix": "never"}, False),
-    "organ 10:13, cached below": ("organ", {"layers": "10:13"}, {"cache_prefix": "always"}, False),
-    "organ 10:30, cached below": ("organ", {"layers": "10:30"}, {"cache_prefix": "always"}, False),
-    "organ 10:30, rank 16, cached below": (
-        "organ", {"layers": "10:30"}, {"cache_prefix": "always", "rank": 16}, False,
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to take a training step."""
+
+    method: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of the method; an organ's layers are START:STOP."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Training options."""
+    all_logits: bool = False
+    """Whether all logits are to exist at a time."""
+    compiled: bool = False
+    """Whether `torch.compile` compiles the decoder layers."""
+    plain: bool = False
+    """Whether attention is left to torch's fused kernel, and freed memory goes back to the system at once."""
+    trainer: bool = False
+    """Whether transformers' Trainer runs it, not our loop."""
+
+
+CACHED = {"cache_prefix": "always"}
+WAYS: dict[str, Way] = {
+    "LoRA, rank 16": Way("lora"),
+    "LoRA, rank 16, float32": Way("lora", options={"precision": "float32"}),
+    "LoRA, rank 16, all logits": Way("lora", all_logits=True),
+    "LoRA, rank 16, fused attention, memory given back": Way("lora", plain=True),
+    "LoRA, rank 16, compiled": Way("lora", compiled=True),
+    "LoRA, rank 16, transformers' Trainer": Way("lora", options={"precision": "bfloat16"}, trainer=True),
+    "all parameters": Way("full", all_logits=True),
+    "organ 10:13": Way("organ", {"layers": "10:13"}, {"cache_prefix": "never"}),
+    "organ 10:13, cached below": Way("organ", {"layers": "10:13"}, CACHED),
+    "organ 10:30, cached below": Way("organ", {"layers": "10:30"}, CACHED),
+    "organ 10:30, cached below, fused attention, memory given back": Way(
+        "organ", {"layers": "10:30"}, CACHED, plain=True
     ),
-    "organ 27:30": ("organ", {"layers": "27:30"}, {"cache_prefix": "never"}, False),
-    "organ 27:30, cached below": ("organ", {"layers": "27:30"}, {"cache_prefix": "always"}, False),
-    "organ 27:30, cached below, float32": (
-        "organ", {"layers": "27:30"}, {"cache_prefix": "always", "precision": "float32"}, False,
+    "organ 10:30, cached below, compiled": Way("organ", {"layers": "10:30"}, CACHED, compiled=True),
+    "organ 10:30, rank 16, cached below": Way("organ", {"layers": "10:30"}, {**CACHED, "rank": 16}),
+    "organ 27:30": Way("organ", {"layers": "27:30"}, {"cache_prefix": "never"}),
+    "organ 27:30, cached below": Way("organ", {"layers": "27:30"}, CACHED),
+    "organ 27:30, cached below, float32": Way("organ", {"layers": "27:30"}, {**CACHED, "precision": "float32"}),
+    "organ 27:30, cached below, sampled vocabulary": Way(
+        "organ", {"layers": "27:30"}, {**CACHED, "vocabulary": "sampled"}
     ),
-    "organ 27:30, cached below, sampled vocabulary": (
-        "organ", {"layers": "27:30"}, {"cache_prefix": "always", "vocabulary": "sampled"}, False,
-    ),
-}  # fmt: skip
+}
 
 
 def main() -> None:
@@ -74,6 +102,7 @@ def main() -> None:
         {
             "way": way,
             "kernels": runs[0]["kernels"],
+            "first_seconds": round(statistics.median(run["first_seconds"] for run in runs), 2),
             "seconds": [round(run["seconds"], 3) for run in runs],
             "gigaflop": round(runs[0]["gigaflop"], 1),
             "rates": [round(run["rate"]) for run in runs],
@@ -87,47 +116,87 @@ def main() -> None:
     RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def measure(way: str) -> dict[str, Any]:
+def measure(name: str) -> dict[str, Any]:
     """Train for a few steps; return seconds a step, memory, and the rates of the step and of plain matrix products."""
-    name, settings, options, all_logits = WAYS[way]
-    host, method = find_packaged_model(), METHODS[name]
+    way = WAYS[name]
+    host, method = find_packaged_model(), METHODS[way.method]
     model, tokenizer = load_model(host, dtype=torch.float32), load_tokenizer(host)
-    own, _ = method.parse(settings)
-    chosen = parse_options(
+    own, _ = method.parse(way.settings)
+    options = parse_options(
         steps=2 * STEPS, batch_size=BATCH_SIZE, sequence_length=SEQUENCE_LENGTH, eval_tokens=SEQUENCE_LENGTH,
-        evaluations=1, lr=1e-4, **options,
+        evaluations=1, lr=1e-4, **way.options,
     )  # fmt: skip
     documents = read_definitions(find_ontology())
-    batches = Batches.build(Texts(documents[: STEPS * BATCH_SIZE * 8], documents[-4:]), tokenizer, chosen)
+    batches = Batches.build(Texts(documents[: STEPS * BATCH_SIZE * 8], documents[-4:]), tokenizer, options)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["NEUROGRAFT_CACHE"] = folder
         organ = None
         if method.protocol is not None:
             organ = Path(folder) / "organ.safetensors"
-            extraction.extract(host, layers=settings["layers"], output=organ)
+            extraction.extract(host, layers=way.settings["layers"], output=organ)
         memory = PeakMemory(model)
-        prepared = prepare(model, method, own, organ=organ, rank=chosen.rank)
-        run: Any = TrainingRun(model, prepared.trainee, batches, chosen)
-        if all_logits:
+        prepared = prepare(model, method, own, organ=organ, rank=options.rank)
+        run: Any = TrainingRun(model, prepared.trainee, batches, options)
+        if way.all_logits:
             run.loss.head = None
-        rows = [list(range(n * BATCH_SIZE, (n + 1) * BATCH_SIZE)) for n in range(STEPS)]
-        run._started, run._before = time.monotonic(), 0.0
-        # The first pass warms up and, where that is wanted, fills the cache; the second one is measured.
-        for chosen_rows in rows:
-            run._step(chosen_rows)
-        started = time.monotonic()
-        for chosen_rows in rows:
-            run._step(chosen_rows)
-        seconds = (time.monotonic() - started) / len(rows)
+        if way.plain:
+            run.arithmetic = Arithmetic(run.arithmetic.kernels)
+        if way.compiled:
+            for layer in model.get_submodule(describe(model).layers_path).children():
+                layer.compile(dynamic=False)
+        if way.trainer:
+            first, seconds = time_trainer(model, batches, Path(folder))
+        else:
+            with contextlib.nullcontext() if way.plain else keeping_freed_memory():
+                first, seconds = time_steps(run)
     peak = memory.peak()
     return {
         "seconds": seconds,
+        "first_seconds": first,
         "kernels": run.arithmetic.kernels,
-        "gigaflop": needed_flop(model, run, options) / 1e9,
+        "gigaflop": needed_flop(model, run, way.options) / 1e9,
         "rate": matrix_rate(run.arithmetic) / 1e9,
         "megabytes": (peak - memory.before) / 1e6,
         "megabytes_in_all": peak / 1e6,
     }
+
+
+def time_steps(run: Any) -> tuple[float, float]:
+    """Return the seconds of the first step and of one after a pass, which warms up and fills the cache, if any."""
+    rows = [list(range(n * BATCH_SIZE, (n + 1) * BATCH_SIZE)) for n in range(STEPS)]
+    run._started, run._before, times = time.monotonic(), 0.0, []
+    for chosen in (*rows, *rows):
+        started = time.monotonic()
+        run._step(chosen)
+        times.append(time.monotonic() - started)
+    return times[0], sum(times[STEPS:]) / STEPS
+
+
+def time_trainer(model: Any, batches: Batches, folder: Path) -> tuple[float, float]:
+    """Let transformers' Trainer take as many steps on the same sequences, in bfloat16; return the same times."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    times: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            times.append(-time.monotonic())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            times[-1] += time.monotonic()
+
+    packed = batches.training
+    rows = [
+        {"input_ids": packed.input_ids[n], "labels": packed.labels[n]}
+        for n in range(min(2 * STEPS * BATCH_SIZE, len(packed.input_ids)))
+    ]
+    arguments = TrainingArguments(
+        output_dir=str(folder / "trainer"), per_device_train_batch_size=BATCH_SIZE, max_steps=2 * STEPS, bf16=True,
+        use_cpu=True, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    dataset: Any = rows
+    Trainer(model=model, args=arguments, train_dataset=dataset, callbacks=[Clock()]).train()
+    return times[0], sum(times[STEPS:]) / STEPS
 
 
 def needed_flop(model: Any, run: Any, options: dict[str, Any]) -> float:

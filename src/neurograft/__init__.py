@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from neurograft.extraction import extract as extract
     from neurograft.organ import Organ as Organ
     from neurograft.organ import read_manifest
+    from neurograft.placement.scan import scan as scan
     from neurograft.recovery import recover as recover
     from neurograft.removal import remove as remove
     from neurograft.surgery import attach as attach
@@ -41,6 +42,7 @@ _HOMES = {
     "inspect": "organ:read_manifest",
     "recover": "recovery:recover",
     "remove": "removal:remove",
+    "scan": "placement.scan:scan",
     "train": "training.protocols:train",
     "transplant": "transplantation:transplant",
 }

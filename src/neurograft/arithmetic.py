@@ -22,6 +22,7 @@ log = logging.getLogger("neurograft")
 
 Precision = Literal["auto", "float32", "bfloat16"]
 Kernels = Literal["float32", "float32-onednn", "bfloat16"]
+Attention = Literal["fused", "products"]
 
 # A relative error that float32 products have and narrower ones exceed a thousandfold.
 _FLOAT32_ERROR = 1e-5
@@ -38,9 +39,11 @@ class Arithmetic:
         kernels: `float32`: as torch does by default. `float32-onednn`: on CPUs, by oneDNN, as exact as the default and
             on some processors more than twice as fast. `bfloat16`: factors rounded to bfloat16, sums in float32
             (torch's autocast); parameters and their updates stay float32.
+        attention: How models that call torch's fused attention attend.
     """
 
     kernels: Kernels
+    attention: Attention = "fused"
 
     @contextmanager
     def active(self, device: torch.device, *, backward: bool = False) -> Iterator[None]:
@@ -52,10 +55,12 @@ class Arithmetic:
         """
         import torch
 
+        from neurograft.attention import attending
+
         autocast: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if self.kernels == "bfloat16" and not backward:
             autocast = torch.autocast(device.type, torch.bfloat16)
-        with _onednn(self.kernels == "float32-onednn"), autocast:
+        with _onednn(self.kernels == "float32-onednn"), attending(self.attention), autocast:
             yield
 
 

@@ -1,4 +1,4 @@
-"""What neurograft keeps to save time: dequantised models, hidden states below organs, the demo's recipient."""
+"""What neurograft keeps to save time: dequantised models, hidden states, interrupted scans, the demo's recipient."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from neurograft.files import explained_os_errors
 from neurograft.models import cache_directory
 
-CacheKind = Literal["gguf", "prefix", "studies", "demo"]
+CacheKind = Literal["gguf", "prefix", "scan", "studies", "demo"]
 
 
 class CacheEntry(BaseModel):
@@ -20,8 +20,8 @@ class CacheEntry(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     kind: CacheKind
-    """`gguf`: a dequantised model; `prefix`: hidden states that enter an organ; `studies`: what building models without
-    weights has shown; `demo`: the demo's recipient.
+    """`gguf`: a dequantised model; `prefix`: hidden states that enter an organ; `scan`: where an interrupted scan
+    stands; `studies`: what building models without weights has shown; `demo`: the demo's recipient.
     """
     name: str
     bytes: int

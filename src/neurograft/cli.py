@@ -527,6 +527,124 @@ def evaluate(
 
 
 @app.command()
+def scan(
+    organ: OrganFile,
+    recipient: Recipient,
+    data: Annotated[
+        list[str],
+        typer.Option("--data", metavar="PATH", help="Domain text that the organ has not seen. Repeatable."),
+    ],
+    general: Annotated[
+        list[str] | None,
+        typer.Option("--general", metavar="PATH", help="Other text, on which forgetting shows. Repeatable."),
+    ] = None,
+    modes: Annotated[str, typer.Option("--modes", help="replace, insert, or both.")] = "replace,insert",
+    positions: Annotated[
+        str | None,
+        typer.Option("--positions", help="START:STOP, START:STOP:STEP (half-open from 0) or 3,5,8 [default: all]."),
+    ] = None,
+    prune: Annotated[
+        Literal["halving", "evidence", "never"],
+        typer.Option(
+            "--prune",
+            help="Who drops out between rounds: all but the better half; only places told apart from the best; nobody.",
+        ),
+    ] = "halving",
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=1, help="Tokens of each text in the whole sample, at most.")
+    ] = 32_768,
+    budget_seconds: Annotated[
+        float | None, typer.Option("--budget-seconds", help="Stop after about so many seconds of measuring.")
+    ] = None,
+    budget_tokens: Annotated[
+        int | None,
+        typer.Option("--budget-tokens", min=1, help="Run at most so many tokens, each counted once for each place."),
+    ] = None,
+    recover_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--recover-tokens", min=1, help="Train the organ at each place on so many tokens before it is measured."
+        ),
+    ] = None,
+    recover_data: Annotated[
+        list[str] | None,
+        typer.Option("--recover-data", metavar="PATH", help="Text for that; else half of the documents. Repeatable."),
+    ] = None,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(
+            "--sequence-length", min=2, help="Tokens in a window [default: 512, or as many as the recipient takes]."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Windows in a forward pass.")] = 8,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of sample, bootstrap and recovery.")] = 0,
+    engine: Annotated[
+        Literal["local", "ray"],
+        typer.Option("--engine", help="This process, or workers of a Ray cluster (the extra neurograft[ray])."),
+    ] = "local",
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Ray workers [default: as many as there are cores here].")
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option("--address", help="Of a Ray cluster: auto or HOST:PORT [default: one is started here]."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the report there too, as JSON.")
+    ] = None,
+    record: Annotated[
+        bool,
+        typer.Option("--record", help="Write curve and best place into the organ's file, as what it recommends."),
+    ] = False,
+    text_column: TextColumn = "text",
+    document_separator: Separator = None,
+    encoding: Encoding = "utf-8",
+    overwrite: Overwrite = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure an organ at every position of a recipient, in both modes, at the price of a few evaluations."""
+    with _running(as_json, "reading the organ") as screen:
+        from neurograft import render
+        from neurograft.placement import scan as scanning
+        from neurograft.progress import scan_line
+
+        def show(progress: Any) -> None:
+            if screen.status is not None:
+                screen.status.update(scan_line(progress))
+
+        report = scanning.scan(
+            organ,
+            recipient,
+            data=data,
+            general=general or None,
+            modes=modes,
+            positions=positions,
+            prune=prune,
+            max_tokens=max_tokens,
+            budget_seconds=budget_seconds,
+            budget_tokens=budget_tokens,
+            recover_tokens=recover_tokens,
+            recover_data=recover_data or None,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            seed=seed,
+            engine=engine,
+            workers=workers,
+            address=address,
+            output=output,
+            record=record,
+            text_column=text_column,
+            document_separator=document_separator,
+            encoding=encoding,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            progress=show,
+        )
+        screen.result(report, lambda: render.scan(report))
+
+
+@app.command()
 @partial(_with_training_options, without=("protocol", "at", "rank", "host_precision", "offload"))
 def recover(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="A model directory that transplant wrote.")],
@@ -632,8 +750,8 @@ def remove(
 @app.command()
 def cache(
     clear: Annotated[
-        Literal["gguf", "prefix", "studies", "demo", "all"] | None,
-        typer.Option("--clear", help="Delete this kind: gguf, prefix, studies, demo or all."),
+        Literal["gguf", "prefix", "scan", "studies", "demo", "all"] | None,
+        typer.Option("--clear", help="Delete this kind: gguf, prefix, scan, studies, demo or all."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

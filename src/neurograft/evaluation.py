@@ -19,6 +19,7 @@ from neurograft.models import ModelDirectory, fit_sequence_length, load_config, 
 
 if TYPE_CHECKING:
     import numpy
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from neurograft.loss import NextTokenLoss
@@ -324,7 +325,7 @@ def _score(
 
 
 @dataclass(frozen=True)
-class _Window:
+class Window:
     """A stretch of one document; the first tokens may be context that another window scored."""
 
     document: int
@@ -333,7 +334,7 @@ class _Window:
     """How many of the last tokens are scored here."""
 
 
-def _windows(token_lists: Sequence[Sequence[int]], sequence_length: int, separator_id: int) -> list[_Window]:
+def cut_windows(token_lists: Sequence[Sequence[int]], sequence_length: int, separator_id: int) -> list[Window]:
     """Cut documents into windows that score every token exactly once; the separator stands before each document."""
     windows = []
     for number, tokens in enumerate(token_lists):
@@ -342,7 +343,7 @@ def _windows(token_lists: Sequence[Sequence[int]], sequence_length: int, separat
         while done < len(stream):
             start = 0 if done == 1 else done - sequence_length // 2
             stop = min(start + sequence_length, len(stream))
-            windows.append(_Window(number, stream[start:stop], stop - done))
+            windows.append(Window(number, stream[start:stop], stop - done))
             done = stop
     return windows
 
@@ -374,7 +375,7 @@ def document_losses(
     from neurograft.arithmetic import fast_float32
     from neurograft.loss import NextTokenLoss
 
-    windows = sorted(_windows(token_lists, sequence_length, separator_id), key=lambda window: len(window.ids))
+    windows = sorted(cut_windows(token_lists, sequence_length, separator_id), key=lambda window: len(window.ids))
     sums, counts = [0.0] * len(token_lists), [0] * len(token_lists)
     training = model.training
     model.eval()
@@ -383,7 +384,7 @@ def document_losses(
         with torch.no_grad(), fast_float32(model.device):
             for start in range(0, len(windows), batch_size):
                 batch = windows[start : start + batch_size]
-                for window, loss in zip(batch, _window_losses(losses, batch, separator_id), strict=True):
+                for window, loss in zip(batch, window_losses(losses, batch, separator_id), strict=True):
                     sums[window.document] += loss
                     counts[window.document] += window.scored
                 if progress is not None:
@@ -393,8 +394,13 @@ def document_losses(
     return list(zip(sums, counts, strict=True))
 
 
-def _window_losses(loss: NextTokenLoss, batch: Sequence[_Window], padding: int) -> list[float]:
-    """Return the sum of the losses of each window's scored tokens."""
+def window_losses(loss: NextTokenLoss, batch: Sequence[Window], padding: int) -> list[float]:
+    """Return the sum of the losses of each window's scored tokens, in nats."""
+    return [float(value) for value in loss(*batch_tensors(batch, padding)).double().sum(dim=1)]
+
+
+def batch_tensors(batch: Sequence[Window], padding: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return token ids, labels and attention mask of some windows, (B, T) each, padded at the end."""
     import torch
 
     longest = max(len(window.ids) for window in batch)
@@ -406,7 +412,7 @@ def _window_losses(loss: NextTokenLoss, batch: Sequence[_Window], padding: int) 
         ids[row, :length] = torch.tensor(window.ids)
         labels[row, length - window.scored : length] = ids[row, length - window.scored : length]
         mask[row, :length] = 1
-    return [float(value) for value in loss(ids, labels, mask).double().sum(dim=1)]
+    return ids, labels, mask
 
 
 def _result(name: str, own: _Scores, other: _Scores | None, seed: int, samples: int) -> DataSetResult:

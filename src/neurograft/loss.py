@@ -158,21 +158,27 @@ class _FrozenHeadLosses(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
     ) -> torch.Tensor:
-        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        device = hidden.device
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(hidden), CHUNK):
-            chunk = slice(start, start + CHUNK)
-            logits = torch.nn.functional.linear(hidden[chunk], weight, bias).float()  # (n, V)
-            if gradient is None:
-                losses[chunk] = torch.nn.functional.cross_entropy(logits, targets[chunk], reduction="none")
-                continue
-            right = targets[chunk, None]  # (n, 1)
-            right_logits, largest = logits.gather(1, right), logits.amax(dim=1, keepdim=True)
-            torch.softmax(logits, dim=1, out=logits)
-            # The log of the largest probability, unlike that of the right one, can't underflow.
-            losses[chunk] = (largest - logits.amax(dim=1, keepdim=True).log() - right_logits).squeeze(1)
-            logits.scatter_add_(1, right, torch.full_like(right_logits, -1.0))
-            gradient[chunk] = logits.to(weight.dtype) @ weight
+        narrow = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
+        # Rounded once here: left to autocast, every product below would round all of the head anew.
+        weight, entering = weight.to(narrow), hidden.to(narrow)
+        bias = None if bias is None else bias.to(narrow)
+        with torch.autocast(device.type, enabled=False):
+            for start in range(0, len(hidden), CHUNK):
+                chunk = slice(start, start + CHUNK)
+                logits = torch.nn.functional.linear(entering[chunk], weight, bias).float()  # (n, V)
+                if gradient is None:
+                    losses[chunk] = torch.nn.functional.cross_entropy(logits, targets[chunk], reduction="none")
+                    continue
+                right = targets[chunk, None]  # (n, 1)
+                right_logits, largest = logits.gather(1, right), logits.amax(dim=1, keepdim=True)
+                torch.softmax(logits, dim=1, out=logits)
+                # The log of the largest probability, unlike that of the right one, can't underflow.
+                losses[chunk] = (largest - logits.amax(dim=1, keepdim=True).log() - right_logits).squeeze(1)
+                logits.scatter_add_(1, right, torch.full_like(right_logits, -1.0))
+                gradient[chunk] = logits.to(narrow) @ weight
         ctx.save_for_backward(gradient)
         return losses
 

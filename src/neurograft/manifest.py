@@ -102,6 +102,49 @@ class Evaluation(_Part):
     after: float
 
 
+class ScanPoint(_Part):
+    """What a scan measured with the organ at one place."""
+
+    mode: Mode
+    position: Count
+    tokens: Count
+    """Tokens scored there; fewer than of the whole sample where the place was dropped on the way."""
+    perplexity: float
+    ratio: float
+    """Perplexity over that of the recipient alone on the same text."""
+    low: float
+    """Limits of the 95 % interval of the ratio."""
+    high: float
+    apart: bool
+    """Whether the place can be told apart from the best one."""
+    general_ratio: float | None = None
+    """The same ratio on other text, if there was any."""
+
+
+class Scan(_Part):
+    """A scan of the places where the organ could go in one recipient."""
+
+    recipient: str
+    layer_count: Count
+    """How many layers the recipient has."""
+    mode: Mode
+    """The best place's."""
+    position: Count
+    """The best place's, in this recipient."""
+    data_fingerprint: Digest
+    documents: Count
+    tokens: Count
+    """Tokens scored at the best place."""
+    recipient_perplexity: float
+    """Of the recipient alone, on the same tokens."""
+    recover_tokens: Count
+    """Tokens that the organ was trained on at each place before it was measured; 0 for none."""
+    points: list[ScanPoint]
+    seed: int
+    versions: dict[str, str]
+    when: str
+
+
 class Probe(_Part):
     """What each layer answers to a fixed random hidden state: the layer's arithmetic, measured.
 
@@ -137,6 +180,8 @@ class Manifest(_Part):
     training_history: list[Training] = []
     """The trainings before it, first to last; absent in schema 1."""
     evaluations: list[Evaluation] = []
+    scans: list[Scan] = []
+    """Scans of the places where it could go, first to last; absent in schema 1."""
     recommended_mode: Mode
     recommended_position: Count
     probe: Probe | None = None

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from neurograft.placement.rounds import ScanProgress
     from neurograft.training.loop import TrainingProgress
 
 
@@ -23,6 +24,17 @@ def training_line(progress: TrainingProgress) -> str:
 def evaluation_line(done: int, total: int) -> str:
     """Say how many tokens have been evaluated."""
     return f"evaluating: {done:,} of {total:,} tokens ({done / max(total, 1):.0%})"
+
+
+def scan_line(progress: ScanProgress) -> str:
+    """Say where a scan is: round, places that are still in, the best so far."""
+    if not progress.round:
+        return f"recovering: {progress.done} of {progress.total} places, {progress.seconds:.0f} s"
+    best = f", best so far: {progress.best}" if progress.best else ""
+    return (
+        f"round {progress.round} of {progress.rounds}: {progress.done}/{progress.total} batches, "
+        f"{progress.places} places{best}, {progress.seconds:.0f} s"
+    )
 
 
 def seconds_left(done: int, total: int, elapsed: float) -> str:

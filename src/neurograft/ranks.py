@@ -9,6 +9,8 @@ import datetime
 import os
 import sys
 
+from neurograft.errors import UsageError
+
 
 def rank() -> int:
     """Return this process's number among those that `torchrun` or `accelerate launch` started; 0 if it is alone."""
@@ -18,6 +20,16 @@ def rank() -> int:
 def several() -> bool:
     """Whether a launcher started several processes."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def refuse_several(verb: str) -> None:
+    """Refuse to go on as one of several processes.
+
+    Raises:
+        UsageError: A launcher started several.
+    """
+    if several():
+        raise UsageError(f"{verb} runs in one process; start it without torchrun or accelerate launch.")
 
 
 def silence_all_but_first() -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from neurograft import data as text_data
-from neurograft import evaluation, probe
+from neurograft import evaluation, probe, ranks
 from neurograft.anatomy import describe
 from neurograft.errors import ModelError, UsageError
 from neurograft.evaluation import DataSetResult
@@ -99,6 +99,7 @@ def recover(
         KeyboardInterrupt: The run was interrupted. It saved its state as `<output>.resume`, from which the same call
             goes on, on CPUs to the same bits as if it had never stopped.
     """
+    ranks.refuse_several("recover")
     chosen = _parse(options)
     output = Path(output)
     source = resolve(directory, trust_remote_code=trust_remote_code)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from neurograft.compat import CheckReport
     from neurograft.evaluation import EvaluationReport
     from neurograft.manifest import Manifest, SurgicalRecord
+    from neurograft.placement.results import Place, ScanReport
     from neurograft.removal import Removal
     from neurograft.training.comparison_results import Comparison
 
@@ -77,6 +78,16 @@ def manifest(organ: Manifest, size: int | None = None) -> RenderableType:
                 "perplexity",
                 f"{evaluation.before:.2f} before, {evaluation.after:.2f} after, on {evaluation.data} "
                 f"({evaluation.tokens:,} tokens)",
+            )
+        )
+    for scanned in organ.scans:
+        best = next((p for p in scanned.points if (p.mode, p.position) == (scanned.mode, scanned.position)), None)
+        ratio = "" if best is None else f", perplexity {best.ratio:.3f} of the recipient's alone"
+        rows.append(
+            (
+                "scanned",
+                f"in {scanned.recipient} ({scanned.layer_count} layers): best is {scanned.mode} at {scanned.position} "
+                f"of {len(scanned.points)} places{ratio}",
             )
         )
     rows += [("created", organ.created), ("file digest", organ.file_digest)]
@@ -183,6 +194,56 @@ def removal(result: Removal) -> RenderableType:
             ("tensors digest", result.tensors_digest or "not made"),
         ]
     return facts(result.output, rows)
+
+
+def scan(report: ScanReport) -> RenderableType:
+    """Render the curve of a scan: a row for each position, the modes side by side."""
+    table = Table(
+        title=Text(f"{report.organ} → {report.recipient}: perplexity over the recipient's alone (95 % interval)"),
+        title_justify="left",
+    )
+    texts = ["domain", *(["general"] if report.general is not None else [])]
+    modes = [mode for mode in ("replace", "insert") if any(place.mode == mode for place in report.places)]
+    table.add_column("position", justify="right")
+    for mode in modes:
+        for text in texts:
+            table.add_column(f"{mode}, {text}" if len(texts) > 1 else mode, justify="right")
+    tied = set(report.tied)
+    at: dict[tuple[int, str], Place] = {(place.position, place.mode): place for place in report.places}
+    for position in sorted({place.position for place in report.places}):
+        cells = [_scanned(report, at.get((position, mode)), text, tied) for mode in modes for text in texts]
+        table.add_row(str(position), *cells)
+    return Group(table, *(Text(sentence) for sentence in _scan_sentences(report)))
+
+
+def _scanned(report: ScanReport, place: Place | None, text: str, tied: set[str]) -> Text:
+    score = None if place is None else place.domain if text == "domain" else place.general
+    if place is None or score is None:
+        return Text("" if place is None else place.stopped or "", style="dim")
+    best = (place.mode, place.position) == (report.mode, report.position)
+    mark = "* " if best else "≈ " if f"{place.mode} at {place.position}" in tied else ""
+    style = "bold green" if best else "green" if mark else "dim" if place.stopped else ""
+    digits = 3 if score.ratio < 100 else 0
+    shown = [f"{value:,.{digits}f}" for value in (score.ratio, score.low, score.high)]
+    return Text(f"{mark if text == 'domain' else ''}{shown[0]} [{shown[1]}, {shown[2]}]", style=style)
+
+
+def _scan_sentences(report: ScanReport) -> Iterable[str]:
+    domain = report.domain
+    yield (
+        f"* best: {report.mode} at {report.position}; the recipient alone has perplexity {domain.perplexity:.2f} on "
+        f"{domain.tokens:,} tokens of {domain.documents:,} documents"
+    )
+    if report.tied:
+        yield f"≈ can't be told apart from it on the text that they saw: {', '.join(report.tied)}"
+    if not report.helps:
+        yield "nowhere is the organ sure to make the recipient better on this text"
+    if not report.complete:
+        yield "the budget ended before the whole sample was used"
+    yield (
+        f"{report.layer_passes / max(report.layer_passes_from_scratch, 1):.0%} of the layer passes of measuring each "
+        f"place by itself, {report.seconds:.0f} s"
+    )
 
 
 def comparison(report: Comparison, output: str) -> RenderableType:

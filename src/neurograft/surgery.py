@@ -101,7 +101,7 @@ def attach(
     _require_model(model)
     organ = organ if isinstance(organ, Organ) else read_organ(organ)
     position, chosen = recommended_place(organ.manifest, at=at, mode=mode)
-    skeleton = _skeleton_of(model)
+    skeleton = skeleton_of(model)
     check_loaded(organ, model, skeleton, at=position, mode=chosen)
     plan = plan_graft(skeleton, organ, at=position, mode=chosen)
     path = describe(skeleton).layers_path
@@ -124,7 +124,7 @@ def attach_alone(model: PreTrainedModel, organ: Organ, *, dtype: torch.dtype | N
     Raises:
         IncompatibleError: The organ does not fit, or its layers would compute something else there.
     """
-    skeleton = _skeleton_of(model)
+    skeleton = skeleton_of(model)
     refuse_unfit_config(organ, model)
     steps = tuple(Step("organ", layer) for layer in range(organ.layer_count))
     rows = {"organ": organ.manifest.anatomy.layer_values}
@@ -149,7 +149,7 @@ def detach(model: PreTrainedModel) -> Organ:
         raise UsageError("no organ is attached to this model.")
     attachment = stack.pop()
     attachment._undo.restore()
-    _set_layers(model.get_submodule(describe(_skeleton_of(model)).layers_path), attachment._original)
+    set_layers(model.get_submodule(describe(skeleton_of(model)).layers_path), attachment._original)
     return attachment.organ
 
 
@@ -209,7 +209,7 @@ def _require_model(model: Any) -> None:
         )
 
 
-def _skeleton_of(model: PreTrainedModel) -> PreTrainedModel:
+def skeleton_of(model: PreTrainedModel) -> PreTrainedModel:
     """Build the meta-device twin of a loaded model."""
     devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
     if len(devices) > 1:
@@ -234,27 +234,44 @@ def _swap(
     dtype: torch.dtype | None,
 ) -> Attachment:
     """Put the planned layers in place; everything that is changed is noted, and undone if anything fails."""
-    container = model.get_submodule(path)
-    original = list(container.children())
-    new = _make_layers(model, organ, plan, original[0], dtype)
-    source = {"recipient": original, "organ": new}
-    undo = Undo()
-    try:
-        _patch_outside(model, skeleton, plan, path, undo)
-        _set_layers(container, [source[step.source][step.layer] for step in plan.steps])
-        _patch_numbers(container, plan, skeleton, path, undo)
-        _patch_configs(model, plan, undo)
-    except BaseException:
-        undo.restore()
-        _set_layers(container, original)
-        raise
+    original = list(model.get_submodule(path).children())
+    new = make_layers(model, organ, plan, original[0], dtype)
+    undo = put_layers(model, skeleton, plan, new, path)
     kept = {step.layer for step in plan.steps if step.source == "recipient"}
     removed = [layer for index, layer in enumerate(original) if index not in kept]
     return Attachment(organ, plan.organ_positions, new, removed, original, undo)
 
 
-def _make_layers(
-    model: PreTrainedModel, organ: Organ, plan: Plan, neighbour: nn.Module, dtype: torch.dtype | None
+def put_layers(model: PreTrainedModel, skeleton: PreTrainedModel, plan: Plan, new: list[nn.Module], path: str) -> Undo:
+    """Put an organ's layers, made by `make_layers`, where a plan says; if that fails, the model is as it was.
+
+    Args:
+        model: The model.
+        skeleton: Its twin on the meta device.
+        plan: Where each layer of the result comes from.
+        new: The organ's layers.
+        path: Dotted path of the model's layer list.
+
+    Returns:
+        What was changed beside the list of layers.
+    """
+    container, undo = model.get_submodule(path), Undo()
+    original = list(container.children())
+    source = {"recipient": original, "organ": new}
+    try:
+        _patch_outside(model, skeleton, plan, path, undo)
+        set_layers(container, [source[step.source][step.layer] for step in plan.steps])
+        _patch_numbers(container, plan, skeleton, path, undo)
+        _patch_configs(model, plan, undo)
+    except BaseException:
+        undo.restore()
+        set_layers(container, original)
+        raise
+    return undo
+
+
+def make_layers(
+    model: PreTrainedModel, organ: Organ, plan: Plan, neighbour: nn.Module, dtype: torch.dtype | None = None
 ) -> list[nn.Module]:
     """Make the organ's layers as modules that look like the model's own: dtype, device, mode, checkpointing, hooks."""
     outside = next(neighbour.parameters()).dtype
@@ -293,7 +310,7 @@ def _install_output_hooks(model: nn.Module, carrier: PreTrainedModel) -> None:
         install_all_output_capturing_hooks(carrier)
 
 
-def _set_layers(container: nn.Module, layers: list[nn.Module]) -> None:
+def set_layers(container: nn.Module, layers: list[nn.Module]) -> None:
     """Give a ModuleList other children; the list itself stays the same object."""
     container._modules.clear()
     for index, layer in enumerate(layers):

@@ -19,6 +19,7 @@ from tiny import logits, make_model, make_tokenizer
 
 TEXTS = Texts([f"report {n}: nothing seen in the left lung, grade {n % 4}" for n in range(20)], ["report 99: all well"])
 OPTIONS = parse_options(steps=4, sequence_length=16, batch_size=2, lr=1e-2, evaluations=1)
+LAYERS_TRAINED = ("model.layers.2.", "model.layers.3.")  # those of the fixture's organ
 
 
 def adapt(model: Any, name: str, settings: Settings, organ: Path | None = None) -> Prepared:
@@ -134,6 +135,20 @@ def test_an_organ_is_what_train_would_train(name: str, layers: int, organ_file: 
     assert size == (tmp_path / "ship" / "organ.safetensors").stat().st_size
     shipped: Organ = read_organ(tmp_path / "ship" / "organ.safetensors")
     assert torch.equal(shipped.layer(0)["self_attn.q_proj.weight"], after["model.layers.2.self_attn.q_proj.weight"])
+
+
+@pytest.mark.parametrize("part", ["attention", "mlp"])
+def test_a_part_of_an_organ_trains_alone(part: str, organ_file: Path) -> None:
+    model = make_model("llama")
+    whole = prepare(model, METHODS["organ"], METHODS["organ"].parse({})[0], organ=organ_file)
+    before = [tensor.detach().clone() for tensor in whole.trainee.parameters]
+    model = make_model("llama")
+    prepared = adapt(model, "organ", {"train": part}, organ_file)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    after = {name: tensor for name, tensor in model.named_parameters() if name.startswith(LAYERS_TRAINED)}
+    changed = {name for name, old in zip(after, before, strict=True) if not torch.equal(after[name], old)}
+    assert changed == {name for name in after if (".self_attn." in name) == (part == "attention")}
+    assert {names[id(parameter)] for parameter in prepared.trainee.parameters} == changed
 
 
 def test_places_of_an_organ() -> None:

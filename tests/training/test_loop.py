@@ -59,7 +59,9 @@ def _plain_loop(model: Any, run: TrainingRun) -> list[torch.Tensor]:
     parameters = [
         parameter.requires_grad_(True) for layer in model.model.layers[2:4] for parameter in layer.parameters()
     ]
-    optimizer = torch.optim.AdamW(parameters, lr=run.lr, betas=(0.9, 0.95), weight_decay=options.weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=run.lr, betas=(0.9, 0.95), weight_decay=options.weight_decay, fused=True
+    )
     losses, packed = NextTokenLoss(model), batches.training
     for step, rows in zip(range(batches.steps), batches.training_rows(), strict=False):
         tokens = int((packed.labels[rows, 1:] >= 0).sum())

@@ -26,7 +26,7 @@ def _descend(parameters: list[torch.nn.Parameter], optimizers: Optimizers, steps
     return float(loss.detach())
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
 def test_every_parameter_is_trained_by_one_optimizer(name: Any) -> None:
     parameters = _parameters()
     start = [parameter.detach().clone() for parameter in parameters]
@@ -38,7 +38,7 @@ def test_every_parameter_is_trained_by_one_optimizer(name: Any) -> None:
     assert all(not torch.equal(p, s) for p, s in zip(parameters, start, strict=True))
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
 def test_going_on_from_a_state_is_going_on(name: Any) -> None:
     whole = _parameters()
     optimizers = Optimizers(whole, name=name, lr=0.05, weight_decay=0.01)

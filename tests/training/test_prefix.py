@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from neurograft.arithmetic import Arithmetic
 from neurograft.errors import NeurograftError
 from neurograft.training.prefix import Prefix, PrefixCache, below_digest, cache_for
 from tiny import CONFIGS, LAYERS, make_model, token_ids
@@ -131,7 +132,7 @@ def test_a_cache_is_found_again_only_for_the_same_prefix_and_text(tmp_path: Path
         model.model.layers[1].mlp.up_proj.weight.add_(1e-6)
     assert below_digest(model, 2) != digest
     for ids in (token_ids(20).view(2, 10), token_ids(20).view(2, 10).flip(0)):
-        cache_for(tmp_path, model, 2, ids, dtype="float32", kernels="float32", needed=True)
+        cache_for(tmp_path, model, 2, ids, dtype="float32", arithmetic=Arithmetic("float32"), needed=True)
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -141,7 +142,7 @@ def test_too_little_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     model, ids = make_model("llama"), token_ids(20).view(2, 10)
-    assert cache_for(tmp_path, model, 2, ids, dtype="float32", kernels="float32", needed=False) is None
+    assert cache_for(tmp_path, model, 2, ids, dtype="float32", arithmetic=Arithmetic("float32"), needed=False) is None
     with pytest.raises(NeurograftError, match=r"take 2\.6 kB, and .* has 1\.0 kB free; use a narrower --cache-dtype"):
-        cache_for(tmp_path, model, 2, ids, dtype="float32", kernels="float32", needed=True)
+        cache_for(tmp_path, model, 2, ids, dtype="float32", arithmetic=Arithmetic("float32"), needed=True)
     assert list(tmp_path.iterdir()) == []

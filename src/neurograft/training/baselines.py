@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -46,6 +46,8 @@ class OrganSettings(_Settings):
     meaning."""
     position: float = Field(default=1 / 3, ge=0, le=1)
     """Where they stand: 0 is as far down as they can, 1 as far up."""
+    train: Literal["all", "attention", "mlp"] = "all"
+    """What of them trains: everything, their attention, or everything but their attention."""
 
     def range_in(self, layer_count: int) -> range:
         """Return the layers of a model of `layer_count` layers, half-open from 0.
@@ -223,7 +225,8 @@ def prepare(
         return _prepare_adapter(model, settings, dora=method.name == "dora", seed=seed)
     if method.protocol is None or organ is None:
         return _prepare_full(model, stored)
-    return _prepare_organ(model, read_organ(organ), method.protocol, rank, seed)
+    part = settings.train if isinstance(settings, OrganSettings) else "all"
+    return _prepare_organ(model, read_organ(organ), method.protocol, rank, seed, part)
 
 
 def _prepare_adapter(model: Any, settings: AdapterSettings, *, dora: bool, seed: int) -> Prepared:
@@ -284,7 +287,9 @@ def _round(parameters: list[nn.Parameter], dtype: torch.dtype) -> None:
             parameter.copy_(parameter.to(dtype))
 
 
-def _prepare_organ(model: PreTrainedModel, organ: Organ, protocol: Protocol, rank: int | None, seed: int) -> Prepared:
+def _prepare_organ(
+    model: PreTrainedModel, organ: Organ, protocol: Protocol, rank: int | None, seed: int, part: str
+) -> Prepared:
     if protocol not in get_args(Protocol):
         raise UsageError(f"{protocol} is no protocol; there are {', '.join(get_args(Protocol))}.")
     if protocol == "standalone":
@@ -311,10 +316,28 @@ def _prepare_organ(model: PreTrainedModel, organ: Organ, protocol: Protocol, ran
         Organ(organ.manifest, trained).save(path)
         return path.stat().st_size
 
-    trainee = Trainee.of_layers(attachment.layers, attachment.positions[0])
+    trainee = Trainee(_parameters_of(attachment.layers, part), attachment.layers, attachment.positions[0])
     if changes is not None:
         trainee = Trainee(changes.parameters, attachment.layers, attachment.positions[0])
     return Prepared(trainee, deploy, ship, curve_counts=protocol != "standalone")
+
+
+def _parameters_of(layers: list[nn.Module], part: str) -> list[nn.Parameter]:
+    """Return the parameters of layers that are in their attention, in anything else, or all of them.
+
+    Raises:
+        UsageError: There are none.
+    """
+    found = []
+    for layer in layers:
+        for name, parameter in layer.named_parameters():
+            module = name.partition(".")[0]
+            in_attention = ("attn" in module or "attention" in module) and "norm" not in module
+            if part == "all" or in_attention == (part == "attention"):
+                found.append(parameter)
+    if not found:
+        raise UsageError(f"the organ's layers have no {part} that could be trained alone; leave train at all.")
+    return found
 
 
 def _as_shipped(attachment: Attachment, model: PreTrainedModel) -> dict[str, torch.Tensor]:

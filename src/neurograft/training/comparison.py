@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from neurograft import data as text_data
+from neurograft import ranks
 from neurograft.errors import DataError, NeurograftError, UsageError
 from neurograft.extraction import extract
 from neurograft.files import atomic_file, refuse_overlap
@@ -111,6 +112,7 @@ def compare(
         NeurograftError: A package of the `compare` extra is missing, or everything that was tried for a method failed.
         KeyboardInterrupt: Interrupted; the same call goes on from there.
     """
+    ranks.refuse_several("compare")
     chosen, folder = find_methods(methods), Path(output)
     require_extra("plotly", "compare")
     shared = _shared_options(options, tokens, evaluations)

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from neurograft import data
+from neurograft.allocator import keeping_freed_memory
 from neurograft.anatomy import describe
 from neurograft.arithmetic import Arithmetic, choose_arithmetic
+from neurograft.attention import choose_attention
 from neurograft.data import PackedTokens
 from neurograft.errors import NeurograftError, UsageError
 from neurograft.loss import NextTokenLoss, VocabularySample
@@ -228,13 +230,17 @@ class TrainingRun:
         def choose() -> tuple[str, dict[str, torch.Tensor]]:
             found = load_state(self.resume, self.state.key) if self.resume is not None else None
             # A run that goes on must go on with the same arithmetic, or it would not come to the same bits.
-            kernels = found[0].kernels if found else None
-            return json.dumps(kernels or [choose_arithmetic(p, device).kernels for p in (asked, "float32")]), {}
+            if found is not None and found[0].kernels:
+                return json.dumps([found[0].kernels, found[0].attention]), {}
+            kernels = [choose_arithmetic(p, device).kernels for p in (asked, "float32")]
+            dtype = torch.bfloat16 if kernels[0] == "bfloat16" else torch.float32
+            attention = choose_attention(self.batches.training.input_ids.shape[1], device, dtype)
+            return json.dumps([kernels, attention]), {}
 
-        self.state.kernels = json.loads(self.processes.from_first(choose)[0])
-        training, evaluating = (Arithmetic(kernels) for kernels in self.state.kernels)
-        log.info("matrices are multiplied in %s", training.kernels)
-        return training, evaluating
+        self.state.kernels, self.state.attention = json.loads(self.processes.from_first(choose)[0])
+        training, evaluating = self.state.kernels
+        log.info("matrices are multiplied in %s, attention is %s", training, self.state.attention)
+        return Arithmetic(training, self.state.attention), Arithmetic(evaluating)
 
     def _sample_vocabulary(self) -> VocabularySample | None:
         if self.options.vocabulary == "full" or self.loss.head is None or self.loss.head.weight.requires_grad:
@@ -268,7 +274,7 @@ class TrainingRun:
         self._tracking.start(self.state.key)
         try:
             # A second signal, such as a launcher sends after Ctrl-C, must not break off the saving either.
-            with self.processes.noting_interruptions():
+            with self.processes.noting_interruptions(), keeping_freed_memory():
                 self._loop_or_explain()
         finally:
             self._tracking.close()
@@ -415,7 +421,7 @@ class TrainingRun:
                 position,
                 packed.input_ids,
                 dtype=self.options.cache_dtype,
-                kernels=(self.arithmetic if name == "training" else self._exact).kernels,
+                arithmetic=self.arithmetic if name == "training" else self._exact,
                 needed=wanted == "always",
                 elsewhere=None if self.below is None else self.below.digests,
             )

@@ -18,7 +18,8 @@ class Optimizers:
     Args:
         parameters: What trains, float32.
         name: `adamw`: AdamW for all of it (arXiv 1711.05101). `muon`: orthogonalised momentum for matrices, its step
-            scaled to the size of AdamW's (arXiv 2502.16982), and AdamW for everything else.
+            scaled to the size of AdamW's (arXiv 2502.16982), and AdamW for everything else. `adafactor`: second moments
+            by rows and columns alone, steps relative to the size of each matrix (arXiv 1804.04235).
         lr: Peak learning rate.
         weight_decay: Decoupled weight decay.
     """
@@ -35,8 +36,10 @@ class Optimizers:
             self.each.append(
                 torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
             )
-        if others:
-            self.each.append(torch.optim.AdamW(others, lr=lr, betas=_BETAS, weight_decay=weight_decay))
+        if name == "adafactor":
+            self.each.append(torch.optim.Adafactor(others, lr=lr, weight_decay=weight_decay))
+        elif others:
+            self.each.append(_adamw(others, lr=lr, weight_decay=weight_decay))
 
     def step(self, share: float) -> None:
         """Update the parameters with this share of the peak learning rate, and drop their gradients."""
@@ -67,6 +70,14 @@ class Optimizers:
             states = {place: remembered.get(numbers[id(parameter)], {}) for place, parameter in enumerate(own)}
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": {n: s for n, s in states.items() if s}, "param_groups": groups})
+
+
+def _adamw(parameters: list[torch.nn.Parameter], *, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """Return AdamW that updates each parameter in one pass over its memory, where torch can do that."""
+    try:
+        return torch.optim.AdamW(parameters, lr=lr, betas=_BETAS, weight_decay=weight_decay, fused=True)
+    except RuntimeError:
+        return torch.optim.AdamW(parameters, lr=lr, betas=_BETAS, weight_decay=weight_decay)
 
 
 class Average:

@@ -47,7 +47,8 @@ class TrainingOptions(BaseModel):
     """Such passes in an optimizer step, which takes this many times the batch size of sequences. Every token of a step
     counts alike, so that 2 passes of 4 sequences come to the same as 1 of 8, but for rounding."""
     optimizer: OptimizerName = "adamw"
-    """`adamw`, or `muon` for matrices (orthogonalised momentum) with AdamW for everything else."""
+    """`adamw`; `muon` for matrices (orthogonalised momentum), with AdamW for everything else; or `adafactor`, which
+    keeps next to nothing beside the weights, and whose learning rate is relative to the size of each matrix."""
     lr: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] = "auto"
     """Peak learning rate, or `auto`: 0.009 divided by the number of layers that train, at most 0.003; in proportion
     less for models wider than 576; ten times that, at most 0.01, where `rank` is given."""

@@ -13,14 +13,13 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from neurograft.anatomy import describe
-from neurograft.arithmetic import Kernels
+from neurograft.arithmetic import Arithmetic
 from neurograft.errors import NeurograftError, UsageError
 from neurograft.files import combine_digests, explained_os_errors, human_bytes, tensor_digest
 from neurograft.surgery import Undo
@@ -125,12 +124,8 @@ def _has_files(folder: Path, sizes: dict[str, int]) -> bool:
     return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
 
 
-@dataclass
-class _Below:
-    """How the layers below pass a hidden state on."""
-
-    tuples: list[tuple[Any, ...] | None]
-    """What stands behind the hidden state in each one's output; `None` where it is returned bare."""
+Rest = tuple[Any, ...] | None
+"""What stands behind the hidden state in a layer's output; `None` where it is returned bare."""
 
 
 class Prefix:
@@ -148,7 +143,7 @@ class Prefix:
         self.model: Any = model
         layers = list(model.get_submodule(describe(model).layers_path).children())
         self.below, self.first = layers[:position], layers[position]
-        self._learned: _Below | None = None
+        self._learned: list[Rest] | None = None
 
     def works(self) -> bool:
         """Try whether given hidden states lead to the same logits, to the bit, as computed ones."""
@@ -160,7 +155,7 @@ class Prefix:
         try:
             with torch.no_grad():
                 computed, entering, outputs = self._watch(ids)
-                self._learned = _learn(outputs, ids)
+                self._learned = learn_outputs(outputs, ids)
                 if self._learned is None or entering.shape[:2] != ids.shape or entering.dim() != 3:
                     return False
                 with self.given(entering):
@@ -201,7 +196,7 @@ class Prefix:
         prefix = Prefix(self.model, position)
         if self._learned is None:
             raise UsageError("ask whether it works first.")
-        prefix._learned = _Below(self._learned.tuples[:position])
+        prefix._learned = self._learned[:position]
         return prefix
 
     def entering(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -250,7 +245,7 @@ class Prefix:
 
         handle, undo = self.first.register_forward_pre_hook(enter, with_kwargs=True), Undo()
         try:
-            for layer, rest in zip(self.below, self._learned.tuples, strict=True):
+            for layer, rest in zip(self.below, self._learned, strict=True):
                 undo.set(vars(layer), "forward", hand_on(rest))
             yield
         finally:
@@ -270,8 +265,8 @@ class UnusualOutputError(Exception):
     """A layer returns other tensors beside its hidden states."""
 
 
-def hand_on(rest: tuple[Any, ...] | None) -> Any:
-    """Return a `forward` that gives back the hidden states that it is given, and `rest` behind them, if any."""
+def hand_on(rest: Rest) -> Any:
+    """Return a forward method that hands a hidden state on, in the form in which the layer returns one."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -280,7 +275,7 @@ def hand_on(rest: tuple[Any, ...] | None) -> Any:
     return forward
 
 
-def behind_states(output: Any) -> tuple[Any, ...] | None:
+def behind_states(output: Any) -> Rest:
     """Return what stands behind the hidden states in a layer's output; `None` if they are returned bare.
 
     Raises:
@@ -293,14 +288,14 @@ def behind_states(output: Any) -> tuple[Any, ...] | None:
     raise UnusualOutputError
 
 
-def _learn(outputs: list[Any], ids: torch.Tensor) -> _Below | None:
-    """Note how each layer below returns its hidden state; `None` if one returns other tensors beside it."""
+def learn_outputs(outputs: list[Any], ids: torch.Tensor) -> list[Rest] | None:
+    """Note how each layer returns its hidden state; `None` if one returns other tensors beside it."""
     try:
-        tuples = [behind_states(output) for output in outputs]
+        rests = [behind_states(output) for output in outputs]
     except UnusualOutputError:
         return None
-    bare = [output for output, rest in zip(outputs, tuples, strict=True) if rest is None]
-    return _Below(tuples) if all(output.shape[:2] == ids.shape for output in bare) else None
+    bare = [output for output, rest in zip(outputs, rests, strict=True) if rest is None]
+    return rests if all(output.shape[:2] == ids.shape for output in bare) else None
 
 
 def below_digest(model: PreTrainedModel, position: int, elsewhere: Mapping[str, str] | None = None) -> str:
@@ -338,7 +333,7 @@ def cache_for(
     input_ids: torch.Tensor,
     *,
     dtype: CacheDtype,
-    kernels: Kernels,
+    arithmetic: Arithmetic,
     needed: bool,
     elsewhere: Mapping[str, str] | None = None,
 ) -> PrefixCache | None:
@@ -350,7 +345,7 @@ def cache_for(
         position: Number of the first layer that is to run.
         input_ids: (N, T) the packed text.
         dtype: How the states are stored.
-        kernels: How matrices are multiplied where they are computed.
+        arithmetic: How matrices are multiplied where they are computed.
         needed: Whether too little disk is an error; otherwise there is no cache then.
         elsewhere: See `below_digest`.
 
@@ -358,7 +353,9 @@ def cache_for(
         NeurograftError: The disk has no room for it.
     """
     below = below_digest(model, position, elsewhere)
-    key = hashlib.sha256(f"{below}{tensor_digest(input_ids)}{dtype}{kernels}{torch.__version__}".encode()).hexdigest()
+    key = hashlib.sha256(
+        f"{below}{tensor_digest(input_ids)}{dtype}{arithmetic}{torch.__version__}".encode()
+    ).hexdigest()
     target, width = folder / key[:32], int(model.config.hidden_size)
     size = input_ids.numel() * width * getattr(torch, dtype).itemsize
     folder.mkdir(parents=True, exist_ok=True)

@@ -330,6 +330,7 @@ def _trained_organ(
         "training": training,
         "training_history": organ.manifest.trainings,
         "evaluations": [evaluation],
+        "scans": [],  # they were of other weights
         "recommended_mode": mode,
         "recommended_position": first if options.protocol != "standalone" else organ.manifest.recommended_position,
         "probe": probe.to_manifest(answers, str(model.dtype).removeprefix("torch.")),
@@ -339,7 +340,7 @@ def _trained_organ(
 
 def hyperparameters_of(run: TrainingRun) -> dict[str, Any]:
     """Return how a run trained, for its organ's manifest; what was left to be chosen is there as it was chosen."""
-    chosen = {"lr": run.lr, "kernels": run.arithmetic.kernels}
+    chosen = {"lr": run.lr, "kernels": run.arithmetic.kernels, "attention": run.arithmetic.attention}
     return {**run.options.model_dump(exclude={"protocol", "seed", *NO_EFFECT}), **chosen}
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from neurograft.arithmetic import Kernels
+from neurograft.arithmetic import Attention, Kernels
 from neurograft.errors import UsageError
 from neurograft.files import atomic_file
 
@@ -27,6 +27,8 @@ class RunState(BaseModel):
     """Digest of all that the run depends on: options, text, organ and host."""
     kernels: list[Kernels] = []
     """How matrices are multiplied while training, and while evaluating."""
+    attention: Attention = "fused"
+    """How the model attends while training."""
     step: int = 0
     """Optimizer steps that were done."""
     tokens_seen: int = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-OptimizerName = Literal["adamw", "muon"]
+OptimizerName = Literal["adamw", "muon", "adafactor"]
 Schedule = Literal["cosine", "linear", "wsd"]
 
 _LAST_SHARE = 0.1
