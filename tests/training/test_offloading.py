@@ -45,6 +45,12 @@ def _no_cache_from_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("NEUROGRAFT_CACHE", str(tmp_path / "own-cache"))
 
 
+@pytest.fixture(autouse=True)
+def _one_way_to_attend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Don't let the moment decide which way is faster: two runs that are compared must compute alike."""
+    monkeypatch.setattr("neurograft.training.loop.choose_attention", lambda *_: "fused")
+
+
 def _both(organ: Organ, host: Path, text: Path, monkeypatch: pytest.MonkeyPatch, cache: Path, **options: Any) -> Any:
     """Train with the host whole and with its lower layers on the disk, each with a cache of its own."""
     trained = []
@@ -338,6 +344,14 @@ def test_a_packed_host(text: Path, tmp_path: Path, organ: Organ, donor: Path) ->
 def test_what_makes_no_sense(options: dict[str, Any], message: str, donor: Path, organ: Organ, text: Path) -> None:
     with pytest.raises(UsageError, match=message):
         train(organ, host=donor, data=text, **{**QUICK, **options})
+
+
+def test_four_bits_and_a_host_that_is_spread(
+    donor: Path, organ: Organ, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("neurograft.training.host.spreads", lambda: True)
+    with pytest.raises(UsageError, match="--host-precision nf4 goes with DDP"):
+        train(organ, host=donor, data=text, host_precision="nf4", **QUICK)
 
 
 def test_four_bits_need_bitsandbytes(donor: Path, organ: Organ, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
