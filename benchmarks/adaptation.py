@@ -33,7 +33,12 @@ CASES: dict[str, tuple[str, int, int | None, str, int, int]] = {
     "clinical-60k, all parameters": ("clinical", SHORT, None, "full", 3, 4),
 }
 SPACES: dict[str, dict[str, Any]] = {
-    "organ": {"lr": {"low": 3e-4, "high": 1.2e-3}, "layers": ["10:30", "15:30"], "vocabulary": ["full", "sampled"]},
+    "organ": {
+        "lr": {"low": 1e-3, "high": 4e-3},
+        "layers": ["0:30", "10:30"],
+        "rank": [16, 32],
+        "vocabulary": ["full", "sampled"],
+    },
     "lora": {"lr": {"low": 1e-3, "high": 4e-3}, "rank": [16, 32], "vocabulary": ["full", "sampled"]},
     "full": {"lr": {"low": 3e-5, "high": 5e-4}},
 }

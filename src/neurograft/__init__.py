@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from neurograft.placement.scan import scan as scan
     from neurograft.recovery import recover as recover
     from neurograft.removal import remove as remove
+    from neurograft.reporting.writing import report as report
     from neurograft.surgery import attach as attach
     from neurograft.surgery import detach as detach
     from neurograft.surgery import graft as graft
@@ -42,6 +43,7 @@ _HOMES = {
     "inspect": "organ:read_manifest",
     "recover": "recovery:recover",
     "remove": "removal:remove",
+    "report": "reporting.writing:report",
     "scan": "placement.scan:scan",
     "train": "training.protocols:train",
     "transplant": "transplantation:transplant",

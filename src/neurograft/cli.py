@@ -748,6 +748,46 @@ def remove(
 
 
 @app.command()
+def report(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="SOURCE...",
+            help="Organ files, transplanted models, comparisons, and what scan or evaluate print with --json.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="HTML file to write.")],
+    title: Annotated[str | None, typer.Option("--title", help="Title of the page.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="A text that the models go on with. Repeatable.")
+    ] = None,
+    recipient: Annotated[
+        str | None, typer.Option("--recipient", metavar="MODEL", help="A model that goes on with the prompts before.")
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="At most so many new tokens for each prompt.")] = 60,
+    overwrite: Overwrite = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write one HTML page with pictures about organs, transplanted models and measurements."""
+    with _running(as_json, "reading the sources") as screen:
+        from neurograft import render
+        from neurograft.reporting import writing
+
+        written = writing.report(
+            sources,
+            output=output,
+            title=title,
+            prompts=prompt or [],
+            recipient=recipient,
+            tokens=tokens,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+        )
+        screen.result(written, lambda: render.report(written))
+
+
+@app.command()
 def cache(
     clear: Annotated[
         Literal["gguf", "prefix", "scan", "studies", "demo", "all"] | None,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from neurograft.manifest import Manifest, SurgicalRecord
     from neurograft.placement.results import Place, ScanReport
     from neurograft.removal import Removal
+    from neurograft.reporting.writing import ReportWritten
     from neurograft.training.comparison_results import Comparison
 
 _VERIFIED = {
@@ -194,6 +195,16 @@ def removal(result: Removal) -> RenderableType:
             ("tensors digest", result.tensors_digest or "not made"),
         ]
     return facts(result.output, rows)
+
+
+def report(written: ReportWritten) -> RenderableType:
+    """Render what a report holds and where it is."""
+    kinds = ("models", "organs", "scans", "evaluations", "comparisons")
+    rows = [(kind, ", ".join(getattr(written, kind))) for kind in kinds if getattr(written, kind)]
+    if written.prompts:
+        rows.append(("prompts", str(written.prompts)))
+    rows.append(("size", human_bytes(written.bytes)))
+    return facts(written.output, rows)
 
 
 def scan(report: ScanReport) -> RenderableType:

@@ -184,15 +184,20 @@ def find_methods(names: str | list[str] | tuple[str, ...]) -> list[Method]:
     return [METHODS[name] for name in wanted]
 
 
-def require_extra(package: str, what: str) -> None:
-    """Refuse where a package of the `compare` extra is missing.
+def require_extra(package: str, what: str, extra: str = "compare") -> None:
+    """Refuse where a package of an extra is missing.
+
+    Args:
+        package: Name of the package, as it is imported.
+        what: What needs it, to begin a sentence with.
+        extra: The extra that brings it.
 
     Raises:
         NeurograftError: Names the package and the extra.
     """
     if importlib.util.find_spec(package) is None:
         raise NeurograftError(
-            f"{what} needs {package}, which is not installed; install it with: pip install 'neurograft[compare]'"
+            f"{what} needs {package}, which is not installed; install it with: pip install 'neurograft[{extra}]'"
         )
 
 

@@ -173,8 +173,8 @@ def _curves(report: Comparison) -> list[_Curve]:
     return [curve for curve in curves if curve.seconds]
 
 
-def html(report: Comparison) -> str:
-    """Render quality against wall-clock as one page that needs nothing from elsewhere."""
+def quality_figure(report: Comparison) -> Any:
+    """Draw quality against wall-clock as a plotly figure: a line for the mean, a band for the seeds."""
     import plotly.graph_objects as plots
 
     figure: Any = plots.Figure()
@@ -188,9 +188,16 @@ def html(report: Comparison) -> str:
             x=curve.seconds, y=curve.mean, mode="lines+markers", name=curve.method, line_color=curve.colour,
             legendgroup=curve.method,
         )  # fmt: skip
-    figure.update_layout(title=f"Ways to adapt {report.model}", template="plotly_white", hovermode="x unified")
+    figure.update_layout(hovermode="x unified")
     figure.update_xaxes(title=_AXES[0], rangemode="tozero")
     figure.update_yaxes(title=_AXES[1], type="log")
+    return figure
+
+
+def html(report: Comparison) -> str:
+    """Render quality against wall-clock as one page that needs nothing from elsewhere."""
+    figure = quality_figure(report)
+    figure.update_layout(title=f"Ways to adapt {report.model}", template="plotly_white")
     return str(figure.to_html(include_plotlyjs=True, full_html=True, config={"displaylogo": False}))
 
 

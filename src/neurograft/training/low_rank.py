@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from neurograft.errors import ModelError
+from neurograft.sharding import fill, whole
 from neurograft.surgery import Undo
 
 _SCALE = 2.0  # how much the product counts; with A of unit scale and B from zero, the usual alpha = 2 r
@@ -28,7 +29,7 @@ class LowRankChanges:
     def __init__(self, layers: Sequence[torch.nn.Module], rank: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         self._undo = Undo()
-        self._changed: list[tuple[Any, torch.nn.Parameter, torch.nn.Parameter]] = []
+        self._changed: list[Any] = []
         for layer in layers:
             for module in list(layer.modules()):
                 sizes = _sizes(module)
@@ -42,34 +43,74 @@ class LowRankChanges:
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
         """What trains, float32."""
-        return [factor for _, a, b in self._changed for factor in (a, b)]
+        return [factor for module in self._changed for factor in (module.low_rank_a, module.low_rank_b)]
 
     def _change(self, module: Any, inputs: int, outputs: int, rank: int, generator: torch.Generator) -> None:
         device = module.weight.device
         # Uniform with the variance that torch's own linear layers start with.
         a = torch.nn.Parameter((torch.rand(rank, inputs, generator=generator) * 2 - 1).div_(inputs**0.5).to(device))
         b = torch.nn.Parameter(torch.zeros(outputs, rank, device=device))
-        original = module.forward
 
         def forward(hidden: torch.Tensor) -> torch.Tensor:
-            low = torch.nn.functional.linear(hidden.to(a.dtype), a)  # (..., rank)
-            changed = original(hidden)
-            return changed + torch.nn.functional.linear(low, b).to(changed.dtype) * _SCALE
+            # Asked for anew each time: where the model is spread over processes, they are whole only while it runs.
+            weight = module.weight if isinstance(module, torch.nn.Linear) else module.weight.T  # (outputs, inputs)
+            result: torch.Tensor = _Changed.apply(hidden, module.low_rank_a, module.low_rank_b, weight, module.bias)
+            return result
 
         self._undo.set(vars(module), "forward", forward)
         # Where gradients are exchanged between processes, all that trains must be found in the model.
         self._undo.set(module._parameters, "low_rank_a", a)
         self._undo.set(module._parameters, "low_rank_b", b)
-        self._changed.append((module, a, b))
+        self._changed.append(module)
 
     def merge(self) -> None:
         """Add the changes to the layers' weights, and leave the layers as ordinary ones."""
+        factors = [(whole(module.low_rank_a.detach()), whole(module.low_rank_b.detach())) for module in self._changed]
         self._undo.restore()
         with torch.no_grad():
-            for module, a, b in self._changed:
+            for module, (a, b) in zip(self._changed, factors, strict=True):
                 change = _SCALE * (b @ a)  # (outputs, inputs)
-                module.weight += change if isinstance(module, torch.nn.Linear) else change.T
+                fill(
+                    module.weight, whole(module.weight) + (change if isinstance(module, torch.nn.Linear) else change.T)
+                )
         self._changed.clear()
+
+
+class _Changed(torch.autograd.Function):
+    """A linear map whose change is added to its weight before it runs, so that the text passes one matrix, not three.
+
+    Only the factors get gradients, each through the low rank; the whole matrix never does.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        kind = hidden.device.type
+        narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        entering, bias = hidden.to(narrow), None if bias is None else bias.to(narrow)
+        with torch.autocast(kind, enabled=False):
+            merged = (
+                torch.empty_like(weight, dtype=narrow).copy_(weight).addmm_(b.to(narrow), a.to(narrow), alpha=_SCALE)
+            )  # (outputs, inputs)
+            ctx.save_for_backward(entering, a, b, merged)
+            ctx.dtype = hidden.dtype
+            return torch.nn.functional.linear(entering, merged, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, None, None]:
+        entering, a, b, merged = ctx.saved_tensors
+        gradient = outer[0].to(merged.dtype)  # (..., outputs)
+        flat, given = gradient.flatten(0, -2), entering.flatten(0, -2)  # (N, outputs), (N, inputs)
+        low_given, low = given @ a.to(merged.dtype).T, flat @ b.to(merged.dtype)  # (N, rank) each
+        of_hidden = (gradient @ merged).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        of_a, of_b = low.T @ given, flat.T @ low_given
+        return of_hidden, of_a.to(a.dtype).mul_(_SCALE), of_b.to(b.dtype).mul_(_SCALE), None, None
 
 
 def _sizes(module: torch.nn.Module) -> tuple[int, int] | None:
