@@ -126,6 +126,25 @@ def test_save_pretrained_on_the_grafted_model(organ: Organ, recipient: Path, tmp
     assert generate(load(tmp_path / "saved")) == tokens
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3_text", "mixtral", "bloom"])
+def test_float32_layers_in_a_bfloat16_model(kind: str, model_directory: Factory) -> None:
+    folder = model_directory(kind)
+    model, narrow, exact = load(folder), load(folder), logits(load(folder))
+    torch.nn.Module.to(model, torch.bfloat16)
+    torch.nn.Module.to(narrow, torch.bfloat16)
+    before = logits(model)
+    attachment = attach(model, extract(folder, layers=(2, 4)), dtype=torch.float32)
+    assert {p.dtype for layer in attachment.layers for p in layer.parameters()} == {torch.float32}
+    mixed = logits(model)
+    assert mixed.dtype == torch.bfloat16 and not torch.equal(mixed, before)
+    assert (mixed.float() - exact).abs().max() <= 0.1 * exact.abs().max()
+    parameter = next(p for p in attachment.layers[0].parameters() if p.ndim == 2)
+    model(input_ids=token_ids()).logits.float().logsumexp(-1).sum().backward()
+    assert parameter.grad is not None and parameter.grad.dtype == torch.float32 and parameter.grad.abs().max() > 0
+    detach(model)
+    assert torch.equal(logits(model), logits(narrow))
+
+
 def test_bfloat16(model_directory: Factory) -> None:
     organ = extract(model_directory("llama", seed=0), layers=(2, 4))
     model = make_model("llama", seed=1)

@@ -18,6 +18,7 @@ from neurograft.errors import ModelError
 from neurograft.layer_values import Row, count_name, read_rows
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -129,8 +130,16 @@ def refuse_unsupported(config: PreTrainedConfig, raw: Mapping[str, Any] | None =
         raise ModelError(f"the {kind} configuration has no {count_name(config)}, so its layers can't be counted.")
 
 
-def build_skeleton(config: PreTrainedConfig, raw: Mapping[str, Any] | None = None) -> PreTrainedModel:
+def build_skeleton(
+    config: PreTrainedConfig, raw: Mapping[str, Any] | None = None, *, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
     """Build the model that `config` describes on the meta device: modules and shapes, no weights.
+
+    Args:
+        config: The configuration as transformers loads it.
+        raw: See `read_anatomy`.
+        dtype: Of the parameters; left out, torch's default one, whatever the checkpoint's: dtypes are compared
+            elsewhere.
 
     Raises:
         ModelError: The model is not supported, or transformers can't build it.
@@ -140,7 +149,7 @@ def build_skeleton(config: PreTrainedConfig, raw: Mapping[str, Any] | None = Non
 
     refuse_unsupported(config, raw)
     own = copy.deepcopy(config)
-    own.dtype = None  # parameters in the default dtype, whatever the checkpoint's: dtypes are compared elsewhere
+    own.dtype = dtype
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(own, attn_implementation=config._attn_implementation)

@@ -645,7 +645,7 @@ def scan(
 
 
 @app.command()
-@partial(_with_training_options, without=("protocol", "at", "rank"))
+@partial(_with_training_options, without=("protocol", "at", "rank", "host_precision", "offload"))
 def recover(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="A model directory that transplant wrote.")],
     data: Annotated[

@@ -87,14 +87,14 @@ def _folder_beside(path: Path) -> Iterator[Path]:
     folder = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     folder.mkdir()
     try:
-        with _locked(folder):
+        with locked(folder):
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
+def locked(folder: Path) -> Iterator[bool]:
     """Hold the lock of a folder, which the system releases when the process ends; yield whether it was free."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -116,7 +116,7 @@ def _clear_left(path: Path) -> None:
             continue
         with suppress(OSError):  # another process may clear it at the same time
             if time.time() - left.stat().st_mtime > _NEW_SECONDS:
-                with _locked(left) as free:
+                with locked(left) as free:
                     if free:
                         shutil.rmtree(left, ignore_errors=True)
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("neurograft")
 
 Paths = str | Path | Sequence[str | Path]
-_NO_MEANING = ("protocol", "at", "rank")
+_NO_MEANING = ("protocol", "at", "rank", "host_precision", "offload")
 
 
 def recover(

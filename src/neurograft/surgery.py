@@ -16,6 +16,7 @@ from neurograft.errors import IncompatibleError, ModelError, UsageError, Verific
 from neurograft.layer_values import changed_values
 from neurograft.layer_weights import load_layers
 from neurograft.manifest import Mode
+from neurograft.mixed_dtypes import convert_at_borders
 from neurograft.organ import Organ, read_organ
 from neurograft.planning import Plan, make_plan, organ_origins, plan_graft
 from neurograft.steps import Step, recommended_place
@@ -75,11 +76,13 @@ def attach(
     at: int | None = None,
     mode: Mode | None = None,
     verify: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> Attachment:
     """Put an organ into a loaded model, in place; `detach` takes it out again.
 
-    The organ's layers are made in the model's dtype and on its device; the model's own layers stay the objects that
-    they are. Where the organ can't work as it did in its donor, the model is left as it was.
+    The organ's layers are made in the model's dtype, if no other is asked for, and on its device; the model's own
+    layers stay the objects that they are. Where the organ can't work as it did in its donor, the model is left as it
+    was.
 
     Args:
         model: A loaded transformers causal language model.
@@ -87,6 +90,7 @@ def attach(
         at: Position, 0 to L; left out, what the organ recommends.
         mode: `replace` or `insert`; left out, what the organ recommends.
         verify: Ask the layers the probe questions before and after (two short forward passes).
+        dtype: In which the organ's layers are held and compute; left out, the model's.
 
     Raises:
         UsageError: The position is out of range, or what was given is no loaded transformers model.
@@ -102,15 +106,20 @@ def attach(
     plan = plan_graft(skeleton, organ, at=position, mode=chosen)
     path = describe(skeleton).layers_path
     before = probe.probe_layers(model, path) if verify else None
-    attachment = _swap(model, skeleton, plan, organ, path)
+    attachment = _swap(model, skeleton, plan, organ, path, dtype)
     _attached.setdefault(model, []).append(attachment)
     if before is not None:
         _verify_or_undo(model, attachment, plan, before, path)
     return attachment
 
 
-def attach_alone(model: PreTrainedModel, organ: Organ) -> Attachment:
+def attach_alone(model: PreTrainedModel, organ: Organ, *, dtype: torch.dtype | None = None) -> Attachment:
     """Let an organ stand alone between a loaded model's embedding and head: the paper's wrapper (arXiv 2601.13580).
+
+    Args:
+        model: A loaded model.
+        organ: The organ.
+        dtype: See `attach`.
 
     Raises:
         IncompatibleError: The organ does not fit, or its layers would compute something else there.
@@ -120,7 +129,7 @@ def attach_alone(model: PreTrainedModel, organ: Organ) -> Attachment:
     steps = tuple(Step("organ", layer) for layer in range(organ.layer_count))
     rows = {"organ": organ.manifest.anatomy.layer_values}
     plan = make_plan(skeleton, steps, rows, {"organ": organ_origins(organ)})
-    attachment = _swap(model, skeleton, plan, organ, describe(skeleton).layers_path)
+    attachment = _swap(model, skeleton, plan, organ, describe(skeleton).layers_path, dtype)
     _attached.setdefault(model, []).append(attachment)
     return attachment
 
@@ -216,10 +225,17 @@ def skeleton_of(model: PreTrainedModel) -> PreTrainedModel:
     return skeleton
 
 
-def _swap(model: PreTrainedModel, skeleton: PreTrainedModel, plan: Plan, organ: Organ, path: str) -> Attachment:
+def _swap(
+    model: PreTrainedModel,
+    skeleton: PreTrainedModel,
+    plan: Plan,
+    organ: Organ,
+    path: str,
+    dtype: torch.dtype | None,
+) -> Attachment:
     """Put the planned layers in place; everything that is changed is noted, and undone if anything fails."""
     original = list(model.get_submodule(path).children())
-    new = make_layers(model, organ, plan, original[0])
+    new = make_layers(model, organ, plan, original[0], dtype)
     undo = put_layers(model, skeleton, plan, new, path)
     kept = {step.layer for step in plan.steps if step.source == "recipient"}
     removed = [layer for index, layer in enumerate(original) if index not in kept]
@@ -254,22 +270,26 @@ def put_layers(model: PreTrainedModel, skeleton: PreTrainedModel, plan: Plan, ne
     return undo
 
 
-def make_layers(model: PreTrainedModel, organ: Organ, plan: Plan, neighbour: nn.Module) -> list[nn.Module]:
+def make_layers(
+    model: PreTrainedModel, organ: Organ, plan: Plan, neighbour: nn.Module, dtype: torch.dtype | None = None
+) -> list[nn.Module]:
     """Make the organ's layers as modules that look like the model's own: dtype, device, mode, checkpointing, hooks."""
-    parameter = next(neighbour.parameters())
+    outside = next(neighbour.parameters()).dtype
     carrier = load_layers(
         plan.config,
         organ.manifest.anatomy.layer_values,
         organ.tensors,
-        dtype=parameter.dtype,
+        dtype=dtype or outside,
         name=organ.name,
     )
     _install_output_hooks(model, carrier)
     layers = list(carrier.get_submodule(describe(carrier).layers_path).children())
     checkpointing = next((m for m in neighbour.modules() if getattr(m, "gradient_checkpointing", False)), None)
     for layer in layers:
-        layer.to(parameter.device)
+        layer.to(model.device)  # a neighbour's own may be "meta", where the model's layers stay on the disk
         layer.train(model.training)
+        if dtype not in (None, outside):
+            convert_at_borders(layer, inside=dtype, outside=outside)
         for module in layer.modules():
             if getattr(module, "config", None) is carrier.config:
                 vars(module)["config"] = model.config

@@ -19,7 +19,7 @@ from together import KINDS, OPTIONS
 from neurograft import extract, graft, train
 from neurograft.organ import read_organ
 from neurograft.training.run_state import state_path
-from tiny import load, logits, save_model
+from tiny import load, logits, make_model, make_tokenizer, save_model
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
@@ -37,6 +37,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         documents = (" ".join(generator.choices(["liver", "kidney", "heart", "lung"], k=12)) for _ in range(count))
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     (folder / "other.txt").write_text("XKCD (QED) = 100%!\n\nZYX * WVU / TSR; 73 + 12?")
+    half = make_model("llama")
+    torch.nn.Module.to(half, torch.bfloat16)
+    half.save_pretrained(folder / "half")
+    make_tokenizer().save_pretrained(folder / "half")
+    extract(folder / "half", layers=(2, 4), name="tiny", output=folder / "half-organ.safetensors")
     for kind in (*KINDS, "dropout"):
         gpt2 = {"resid_pdrop": 0.3 if kind == "dropout" else 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         changes: dict[str, Any] = gpt2 if kind in ("gpt2", "dropout") else {}
@@ -118,6 +123,15 @@ def test_another_protocol(together: Any, alone: Any) -> None:
     assert first["insert"]["losses"] == pytest.approx(expected["losses"], rel=TOLERANCE)
 
 
+def test_a_host_in_half_precision_with_an_organ_in_float32(together: Any, alone: Any) -> None:
+    _, own, (first, second) = together
+    expected = alone("half", host_precision="stored")
+    # Hidden states of the frozen layers have eight bits, and another share of a batch can round them otherwise.
+    assert first["half"]["losses"] == pytest.approx(expected["losses"], rel=5e-3)
+    assert first["half"]["after"] == second["half"]["after"] == pytest.approx(expected["after"], rel=5e-3)
+    assert {tensor.dtype for tensor in read_organ(own / "half.safetensors").tensors.values()} == {torch.bfloat16}
+
+
 def test_interrupted_in_one_process_all_end_and_all_go_on_to_the_same_bits(together: Any) -> None:
     _, _, answers = together
     first, second = answers
@@ -149,9 +163,10 @@ def test_all_stop_early_together(together: Any) -> None:
 
 def test_all_raise_what_one_finds_wrong(together: Any) -> None:
     for found in together[2]:
-        exists, few = found["errors"]
+        exists, few, offloaded = found["errors"]
         assert "llama.safetensors exists already" in exists
         assert few.startswith("--batch-size 1 leaves some of the 2 processes without a sequence")
+        assert offloaded.startswith("--offload is for one process")
 
 
 def test_what_is_spread(together: Any) -> None:

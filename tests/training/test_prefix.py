@@ -96,16 +96,30 @@ def test_states_are_noted_on_the_way_and_rounded_there(kind: str) -> None:
     model: Any = make_model(kind)
     prefix, ids = Prefix(model, 3), token_ids(10)
     assert prefix.works()
-    with torch.no_grad(), prefix.noted(torch.float32) as seen:
+    seen: list[torch.Tensor] = []
+
+    def keep(states: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        seen.append(states.to(dtype))
+        return seen[-1]
+
+    with torch.no_grad(), prefix.noted(keep):
         computed = model(input_ids=ids, use_cache=False).logits
     assert torch.equal(seen[0], prefix.entering(ids))
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids, use_cache=False).logits, computed)
-        with prefix.noted(torch.bfloat16) as rounded:
+        with prefix.noted(lambda states: keep(states, torch.bfloat16)):
             narrow = model(input_ids=ids, use_cache=False).logits
-        with prefix.given(rounded[0].float()):
+        with prefix.given(seen[1].float()):
             assert torch.equal(model(input_ids=ids, use_cache=False).logits, narrow)
-    assert rounded[0].dtype == torch.bfloat16 and not torch.equal(narrow, computed)
+    assert seen[1].dtype == torch.bfloat16 and not torch.equal(narrow, computed)
+
+
+def test_a_row_has_one_state_whatever_batch_it_comes_in_later(tmp_path: Path) -> None:
+    states = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    cache = PrefixCache(tmp_path / "c", rows=6, tokens=4, width=5, dtype="float32")
+    assert torch.equal(cache.settle([4, 0, 4], states), states[[0, 1, 0]])
+    assert cache.lacking([0, 1, 1, 4]) == [1]
+    assert torch.equal(cache.settle([1, 4, 0], -states), torch.stack([-states[0], states[0], states[1]]))
 
 
 def test_a_cache_is_found_again_only_for_the_same_prefix_and_text(tmp_path: Path) -> None:

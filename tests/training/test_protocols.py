@@ -46,7 +46,7 @@ def test_nothing_but_the_organ_changes(
         hosts.append(original(*args, **kwargs))
         return hosts[-1]
 
-    monkeypatch.setattr("neurograft.training.protocols.load_model", remembered)
+    monkeypatch.setattr("neurograft.training.host.load_model", remembered)
     before = {name: tensor.clone() for name, tensor in load(donor).state_dict().items()}
     digest = tensors_digest(organ.tensors)
     trained = train(organ, host=donor, data=text, protocol=protocol, **QUICK)

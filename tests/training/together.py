@@ -39,6 +39,7 @@ def main(folder: Path) -> None:
     for kind in KINDS:
         found[kind] = _train(folder, kind, f"{kind}.safetensors")
     found["insert"] = _train(folder, "llama", "insert.safetensors", protocol="insert", cache_prefix="never")
+    found["half"] = _train(folder, "half", "half.safetensors", host_precision="stored")
     found["dropout"] = _train(folder, "dropout", "dropout.safetensors")
     found["interrupted"] = _interrupted(folder, "again.safetensors")
     found["gone_on"] = _train(folder, "dropout", "again.safetensors")
@@ -87,9 +88,9 @@ def _interrupted(folder: Path, output: str) -> str:
 
 
 def _errors(processes: Processes, folder: Path) -> list[str]:
-    """Return what the processes raise where the first finds something wrong, and where there are too few sequences."""
+    """Return what the processes raise where the first finds something wrong, and at options that don't go together."""
     said = []
-    for options in ({}, {"batch_size": 1}):
+    for options in ({}, {"batch_size": 1}, {"offload": True}):
         try:
             _train(folder, "llama", "llama.safetensors" if not options else "x.safetensors", **options)
         except UsageError as error:

@@ -25,6 +25,9 @@ from neurograft.errors import NeurograftError, UsageError
 from neurograft.loss import NextTokenLoss, VocabularySample
 from neurograft.models import cache_directory
 from neurograft.sharding import fill, spread_like, whole
+from neurograft.training.filling import Passages
+from neurograft.training.filling import fill as fill_caches
+from neurograft.training.offloading import OffloadedLayers, skipping
 from neurograft.training.optimizers import Average, Optimizers, pull_back
 from neurograft.training.options import TrainingOptions
 from neurograft.training.prefix import Prefix, PrefixCache, cache_for
@@ -174,6 +177,7 @@ class TrainingRun:
         progress: Called after each step.
         resume: Where the state of an interrupted run is kept; `None` to keep none.
         key: Digest of what the run depends on beside its options; a state with another is refused.
+        below: The layers below what trains, where they are not in memory.
     """
 
     def __init__(
@@ -186,9 +190,10 @@ class TrainingRun:
         progress: ProgressCallback | None = None,
         resume: Path | None = None,
         key: str = "",
+        below: OffloadedLayers | None = None,
     ) -> None:
         self.model, self.trainee, self.batches, self.options = model, trainee, batches, options
-        self.progress, self.resume = progress, resume
+        self.progress, self.resume, self.below = progress, resume, below
         self.state = RunState(key=key)
         model.requires_grad_(False)
         for parameter in trainee.parameters:
@@ -197,10 +202,13 @@ class TrainingRun:
         self.arithmetic, self._exact = self._choose_arithmetic()
         self._tracking = Tracking(self.processes, options)
         # What is tried out is tried out while each process holds the whole model.
-        self.loss = NextTokenLoss(model)
+        with skipping(below):
+            self.loss = NextTokenLoss(model)
         self._vocabulary = self._sample_vocabulary()
         self._prefix = Prefix(model, trainee.first_layer)
         self._caches = self._open_caches(trainee.first_layer)
+        if below is not None:
+            fill_caches(self._prefix, below, list(self._passages()))
         self.caller, self.parameters = self.processes.prepare(model, trainee.parameters)
         self.lr = self._choose_lr()
         self.optimizers = Optimizers(
@@ -270,6 +278,7 @@ class TrainingRun:
         finally:
             self._tracking.close()
         self._keep_best()
+        self._let_go()
         self._training_mode(False)
         self.state.seconds = self._seconds()
 
@@ -299,6 +308,12 @@ class TrainingRun:
             for number, (parameter, last) in enumerate(zip(self.parameters, self._best, strict=True)):
                 first, strength = self._start[number] if self._start else last, self.options.strength
                 parameter.copy_(torch.lerp(first, last, strength) if strength < 1 else last)
+
+    def _let_go(self) -> None:
+        """Free what only training needs: gathering what was trained takes memory again."""
+        self._best, self._start = [], None
+        for optimizer in self.optimizers.each:
+            optimizer.state.clear()
 
     def _step(self, rows: list[int]) -> None:
         self._training_mode(True)
@@ -382,24 +397,20 @@ class TrainingRun:
             with self._prefix.given(cache.read(rows).to(self.model.device, self.model.dtype)):
                 yield
         else:
-            with self._prefix.noted(cache.dtype) as seen:
+            with self._prefix.noted(lambda states: cache.settle(rows, states)):
                 yield
-            if seen:
-                cache.write(rows, seen[0])
 
     def _open_caches(self, position: int) -> dict[str, PrefixCache | None]:
         """Open the caches of what enters the trained layers, where they are wanted and possible."""
-        wanted, texts = (
-            self.options.cache_prefix,
-            {"training": self.batches.training, "held-out": self.batches.held_out},
-        )
+        wanted = "always" if self.below is not None else self.options.cache_prefix
+        texts = {"training": self.batches.training, "held-out": self.batches.held_out}
         if wanted == "never" or position == 0:
             return dict.fromkeys(texts)
         if not self._prefix.works():
             if wanted == "always":
                 raise NeurograftError(
                     f"what enters layer {position} of this {self.model.config.model_type} model can't be cached, since "
-                    "later layers take more from those below; leave --cache-prefix at auto."
+                    "later layers take more from those below; leave --cache-prefix at auto, and --offload out."
                 )
             return dict.fromkeys(texts)
         return {
@@ -411,11 +422,27 @@ class TrainingRun:
                 dtype=self.options.cache_dtype,
                 arithmetic=self.arithmetic if name == "training" else self._exact,
                 needed=wanted == "always",
+                elsewhere=None if self.below is None else self.below.digests,
             )
             if name == "held-out" or wanted == "always" or self.batches.repeats
             else None
             for name, packed in texts.items()
         }
+
+    def _passages(self) -> Iterator[Passages]:
+        """Yield all that the run will pass through the layers below, in the batches in which it asks for it."""
+        size, steps = self.batches.batch_size, itertools.islice(self.batches.training_rows(), self.batches.steps)
+        training = [rows[start : start + size] for rows in steps for start in range(0, len(rows), size)]
+        for name, packed, arithmetic, batches in (
+            ("training", self.batches.training, self.arithmetic, training),
+            ("held-out", self.batches.held_out, self._exact, self._held_out_rows()),
+        ):
+            if (cache := self._caches[name]) is not None:
+                yield Passages(packed.input_ids, cache, arithmetic, batches)
+
+    def _held_out_rows(self) -> list[list[int]]:
+        rows = torch.arange(len(self.batches.held_out.input_ids))
+        return [part.tolist() for part in rows.split(self.batches.batch_size)]
 
     def _training_mode(self, training: bool) -> None:
         for module in self.trainee.modules:
@@ -436,13 +463,15 @@ class TrainingRun:
         log.info("step %d: held-out perplexity %.2f", state.step, perplexity)
         self._tracking.log({"held_out_perplexity": perplexity}, state.step)
         best = _finite(state.held_out[state.best][1]) if state.held_out else math.inf
-        kept = _copies(self.parameters) if _finite(loss) < best else None
+        self._consistent = False
+        if _finite(loss) < best:
+            state.best = len(state.held_out)
+            with torch.no_grad():
+                for kept, parameter in zip(self._best, self.parameters, strict=True):
+                    kept.copy_(parameter)
         if self._average is not None:
             self._average.swap()
-        self._consistent = False
         state.held_out.append((state.step, loss))
-        if kept is not None:
-            self._best, state.best = kept, len(state.held_out) - 1
         if state.window:
             state.losses.append((state.step, sum(state.window) / len(state.window)))
             state.window = []
@@ -458,10 +487,10 @@ class TrainingRun:
         """Return the mean held-out loss in nats per token; with several processes, all must ask at once."""
         packed, mine = self.batches.held_out, 0.0
         with torch.no_grad():
-            for rows in torch.arange(len(packed.input_ids)).split(self.batches.batch_size):
-                chosen = self.processes.share(rows.tolist())
+            for rows in self._held_out_rows():
+                chosen = self.processes.share(rows)
                 # Where the model is spread, a process without a row of its own has to lend the others its part.
-                losses = self._losses(packed, "held-out", chosen or rows[:1].tolist(), self._exact)
+                losses = self._losses(packed, "held-out", chosen or rows[:1], self._exact)
                 mine += float(losses.double().sum()) if chosen else 0.0
         (total,) = self.processes.total(mine)
         return total / max(_count(packed, range(len(packed.input_ids))), 1)

@@ -16,6 +16,7 @@ from neurograft.training.schedules import OptimizerName, Schedule
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+HostPrecision = Literal["float32", "stored", "nf4"]
 CacheDtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -67,6 +68,9 @@ class TrainingOptions(BaseModel):
     precision: Precision = "auto"
     """How matrices are multiplied; weights and their updates are float32 in any case. `auto` takes bfloat16 where a
     short measurement finds it faster, and otherwise, as with `float32`, the fastest float32."""
+    host_precision: HostPrecision = "float32"
+    """How the frozen host is held: as `float32`; as it is `stored`, such as bfloat16 in half of the memory; or as
+    `nf4`, four bits for each weight of its layers' matrices (bitsandbytes, on GPUs). The organ is float32 anyway."""
     vocabulary: Literal["full", "sampled"] = "full"
     """Over what the training loss is taken: `sampled` estimates it from the tokens that occur in the training text and
     a few thousand others, which costs less where the head is a large part of what runs. Held-out losses are exact."""
@@ -91,6 +95,9 @@ class TrainingOptions(BaseModel):
     each sequence: `auto` keeps those of the held-out text, and of the training text if a run goes over it again."""
     cache_dtype: CacheDtype = "float32"
     """How they are kept: narrower takes less disk, and rounds them once."""
+    offload: bool = False
+    """Leave the host's layers below the organ on the disk: each is read, all text passes through it, and it is dropped,
+    so that memory holds the organ and what follows it, whatever the size of the host."""
     checkpoint_every: float = Field(default=60.0, ge=0)
     """Seconds between two saves of the run's state, beside the output, from which the same command goes on if it is
     interrupted."""
@@ -106,6 +113,8 @@ class TrainingOptions(BaseModel):
         given = [name for name in ("max_tokens", "epochs", "steps") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} both say when to stop; give one")
+        if self.offload and self.cache_prefix == "never":
+            raise ValueError("offload keeps on disk what enters the organ, and cache_prefix never forbids that")
         if self.rank is not None and self.strength < 1:
             raise ValueError("strength mixes weights and rank trains factors of their changes; give one of them")
         return self

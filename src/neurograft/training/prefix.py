@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,11 +51,12 @@ class PrefixCache:
     def __init__(self, folder: Path, *, rows: int, tokens: int, width: int, dtype: CacheDtype) -> None:
         import numpy
 
+        self.folder = folder
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.shape = (rows, tokens, width)
         row = tokens * width * self.dtype.itemsize
         with explained_os_errors(folder):
-            _make_files(folder, {"states.bin": rows * row, "there.bin": rows})
+            make_files(folder, {"states.bin": rows * row, "there.bin": rows})
             self._states = numpy.memmap(folder / "states.bin", dtype=numpy.uint8, mode="r+", shape=(rows, row))
             # Written after the states are on the disk: a row that an interruption cut short does not count as there.
             self._there = numpy.memmap(folder / "there.bin", dtype=numpy.uint8, mode="r+", shape=(rows,))
@@ -63,6 +64,10 @@ class PrefixCache:
     def has(self, rows: Give) -> bool:
         """Whether all these rows are there."""
         return bool(self._there[list(map(int, rows))].all())
+
+    def lacking(self, rows: Give) -> list[int]:
+        """Return those of some rows that are not there, in order, each once."""
+        return [row for row in dict.fromkeys(map(int, rows)) if not self._there[row]]
 
     def read(self, rows: Give) -> torch.Tensor:
         """Return the states of some rows, (len(rows), T, C), in the dtype that they are stored in."""
@@ -78,8 +83,22 @@ class PrefixCache:
         self._there[chosen] = 1
         self._there.flush()
 
+    def settle(self, rows: Sequence[int], states: torch.Tensor) -> torch.Tensor:
+        """Store those of some rows that are not there yet, and return what is there: one state for a row, ever.
 
-def _make_files(folder: Path, sizes: dict[str, int]) -> None:
+        The same row can come to other bits in another batch, and then it would depend on the order what is learned.
+
+        Args:
+            rows: Numbers of the rows.
+            states: (len(rows), T, C) their states as they were computed now.
+        """
+        lacking = self.lacking(rows)
+        if lacking:
+            self.write(lacking, states[[rows.index(row) for row in lacking]])
+        return self.read(rows)
+
+
+def make_files(folder: Path, sizes: dict[str, int]) -> None:
     """Make a folder with files of zeros, all at once; one that is there already stays, even if made a moment ago."""
     if _has_files(folder, sizes):
         return
@@ -135,9 +154,8 @@ class Prefix:
         self.model.eval()
         try:
             with torch.no_grad():
-                computed = self.model(input_ids=ids, use_cache=False).logits
-                entering = self.entering(ids)
-                self._learned = learn_outputs(self._outputs(ids), ids)
+                computed, entering, outputs = self._watch(ids)
+                self._learned = learn_outputs(outputs, ids)
                 if self._learned is None or entering.shape[:2] != ids.shape or entering.dim() != 3:
                     return False
                 with self.given(entering):
@@ -152,16 +170,34 @@ class Prefix:
             for module, mode in modes.items():
                 module.training = mode
 
-    def _outputs(self, ids: torch.Tensor) -> list[Any]:
-        """Run the model; return what each layer below returned."""
+    def _watch(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[Any]]:
+        """Run the model once; return its logits, what entered the first layer, and what each layer below returned."""
         outputs: list[Any] = []
+        entering: list[torch.Tensor] = []
         handles = [layer.register_forward_hook(lambda _m, _a, output: outputs.append(output)) for layer in self.below]
+        handles.append(
+            self.first.register_forward_pre_hook(
+                lambda _m, args, kwargs: entering.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+            )
+        )
         try:
-            self.model(input_ids=ids, use_cache=False)
+            logits = self.model(input_ids=ids, use_cache=False).logits
         finally:
             for handle in handles:
                 handle.remove()
-        return outputs
+        return logits, entering[0].clone(), outputs
+
+    def up_to(self, position: int) -> Prefix:
+        """Return the same for a layer below the first one.
+
+        Raises:
+            UsageError: It was not asked whether this one works.
+        """
+        prefix = Prefix(self.model, position)
+        if self._learned is None:
+            raise UsageError("ask whether it works first.")
+        prefix._learned = self._learned[:position]
+        return prefix
 
     def entering(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return what enters the first layer that is to run, (B, T, C), for (B, T) token ids; nothing above it runs."""
@@ -180,26 +216,21 @@ class Prefix:
         raise RuntimeError("the first layer that is to run was not reached")
 
     @contextmanager
-    def noted(self, dtype: torch.dtype) -> Iterator[list[torch.Tensor]]:
-        """Note what enters the first layer that runs, (B, T, C), in a narrower dtype, to which it is rounded there too.
+    def noted(self, keep: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+        """Note what enters the first layer that runs, and let what is kept of it enter instead.
 
         Args:
-            dtype: How it is to be kept.
-
-        Yields:
-            A list that holds it once the model was called.
+            keep: Called with it, (B, T, C); returns it as it is kept.
         """
-        seen: list[torch.Tensor] = []
 
         def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             states = args[0] if args else kwargs["hidden_states"]
-            seen.append(states.detach().to(dtype))
-            rounded = seen[-1].to(states.dtype)
-            return ((rounded, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": rounded})
+            kept = keep(states.detach()).to(states)
+            return ((kept, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": kept})
 
         handle = self.first.register_forward_pre_hook(note, with_kwargs=True)
         try:
-            yield seen
+            yield
         finally:
             handle.remove()
 
@@ -230,6 +261,10 @@ class _ReachedError(Exception):
         self.states = states
 
 
+class UnusualOutputError(Exception):
+    """A layer returns other tensors beside its hidden states."""
+
+
 def hand_on(rest: Rest) -> Any:
     """Return a forward method that hands a hidden state on, in the form in which the layer returns one."""
 
@@ -240,32 +275,55 @@ def hand_on(rest: Rest) -> Any:
     return forward
 
 
+def behind_states(output: Any) -> Rest:
+    """Return what stands behind the hidden states in a layer's output; `None` if they are returned bare.
+
+    Raises:
+        UnusualOutputError: Something does.
+    """
+    if isinstance(output, torch.Tensor):
+        return None
+    if type(output) is tuple and all(item is None for item in output[1:]):
+        return output[1:]
+    raise UnusualOutputError
+
+
 def learn_outputs(outputs: list[Any], ids: torch.Tensor) -> list[Rest] | None:
     """Note how each layer returns its hidden state; `None` if one returns other tensors beside it."""
-    rests: list[Rest] = []
-    for output in outputs:
-        if isinstance(output, torch.Tensor) and output.shape[:2] == ids.shape:
-            rests.append(None)
-        elif type(output) is tuple and all(item is None for item in output[1:]):
-            rests.append(output[1:])
-        else:
-            return None
-    return rests
+    try:
+        rests = [behind_states(output) for output in outputs]
+    except UnusualOutputError:
+        return None
+    bare = [output for output, rest in zip(outputs, rests, strict=True) if rest is None]
+    return rests if all(output.shape[:2] == ids.shape for output in bare) else None
 
 
-def below_digest(model: PreTrainedModel, position: int) -> str:
-    """Return a digest of everything that decides what enters layer `position`: weights below it and configuration."""
+def below_digest(model: PreTrainedModel, position: int, elsewhere: Mapping[str, str] | None = None) -> str:
+    """Return a digest of everything that decides what enters layer `position`: weights below it and configuration.
+
+    Args:
+        model: The model.
+        position: Number of the layer.
+        elsewhere: Digests of tensors that are not in memory, under their names in the model.
+    """
     path = describe(model).layers_path
     later = tuple(f"{path}.{number}." for number in range(position, len(list(model.get_submodule(path).children()))))
     head = {id(p) for p in getattr(model.get_output_embeddings(), "parameters", list)()}
     tied = {id(p) for p in model.get_input_embeddings().parameters()}
-    digests = {
-        name: tensor_digest(tensor)
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
-        if not name.startswith(later) and (id(tensor) not in head or id(tensor) in tied)
-    }
+    known, digests = elsewhere or {}, dict[str, str]()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not name.startswith(later) and (id(tensor) not in head or id(tensor) in tied):
+            digests[name] = known.get(name) or stored_digest(tensor)
     config = json.dumps(model.config.to_diff_dict(), sort_keys=True, default=str)
     return hashlib.sha256(f"{combine_digests(digests)}{position}{config}{model.dtype}".encode()).hexdigest()
+
+
+def stored_digest(tensor: torch.Tensor) -> str:
+    """Return a tensor's digest; of one of bitsandbytes, with the scales that its codes are multiplied by."""
+    packed: Any = getattr(tensor, "quant_state", None)
+    if packed is None:
+        return tensor_digest(tensor)
+    return combine_digests({"codes": tensor_digest(tensor), "scales": tensor_digest(packed.absmax)})
 
 
 def cache_for(
@@ -277,6 +335,7 @@ def cache_for(
     dtype: CacheDtype,
     arithmetic: Arithmetic,
     needed: bool,
+    elsewhere: Mapping[str, str] | None = None,
 ) -> PrefixCache | None:
     """Open the cache for some packed text in a host, under the digest of everything that it depends on.
 
@@ -288,12 +347,14 @@ def cache_for(
         dtype: How the states are stored.
         arithmetic: How matrices are multiplied where they are computed.
         needed: Whether too little disk is an error; otherwise there is no cache then.
+        elsewhere: See `below_digest`.
 
     Raises:
         NeurograftError: The disk has no room for it.
     """
+    below = below_digest(model, position, elsewhere)
     key = hashlib.sha256(
-        f"{below_digest(model, position)}{tensor_digest(input_ids)}{dtype}{arithmetic}{torch.__version__}".encode()
+        f"{below}{tensor_digest(input_ids)}{dtype}{arithmetic}{torch.__version__}".encode()
     ).hexdigest()
     target, width = folder / key[:32], int(model.config.hidden_size)
     size = input_ids.numel() * width * getattr(torch, dtype).itemsize

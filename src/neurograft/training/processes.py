@@ -200,8 +200,12 @@ class Processes:
 
 def starting_device() -> torch.device:
     """Return where a model is to be put before it trains: on this process's device, unless it will be spread out."""
-    state = _state()
-    return torch.device("cpu") if state.num_processes > 1 and _flag("ACCELERATE_USE_FSDP") else state.device
+    return torch.device("cpu") if spreads() else _state().device
+
+
+def spreads() -> bool:
+    """Whether the launcher asks for the model to be spread over the processes."""
+    return _state().num_processes > 1 and _flag("ACCELERATE_USE_FSDP")
 
 
 @contextmanager

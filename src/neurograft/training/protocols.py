@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from neurograft import __version__, data, probe
+from neurograft import __version__, data, probe, ranks
 from neurograft.anatomy import describe
 from neurograft.compat import refuse_findings, tokenizer_findings
+from neurograft.errors import UsageError
 from neurograft.files import combine_digests, tensor_digest
 from neurograft.identity import as_identity
+from neurograft.layer_values import count_name
 from neurograft.layer_weights import load_layers
 from neurograft.manifest import Evaluation, LayerAnatomy, Manifest, Mode, Protocol, Training
-from neurograft.models import ModelDirectory, fingerprint_tokenizer, load_config, load_model, load_tokenizer, resolve
+from neurograft.models import ModelDirectory, fingerprint_tokenizer, load_config, load_tokenizer, resolve
 from neurograft.organ import (
     Organ,
     check_organ_output,
@@ -32,21 +34,24 @@ from neurograft.organ import (
     read_organ,
 )
 from neurograft.sharding import fill
+from neurograft.steps import check_position
 from neurograft.surgery import Attachment, attach, attach_alone, give_up_replaced, tensors_of
+from neurograft.training.host import check_precision, load_host, pack
 from neurograft.training.loop import Batches, ProgressCallback, Texts, Trainee, TrainingRun
 from neurograft.training.low_rank import LowRankChanges
+from neurograft.training.offloading import skipping
 from neurograft.training.options import TrainingOptions, fit_to_model, parse_options
-from neurograft.training.processes import Processes, one_by_one, starting_device, whole_weights
+from neurograft.training.processes import Processes, one_by_one, whole_weights
 from neurograft.training.run_state import state_path
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger("neurograft")
 
 # Options that change how long a run takes, and not what it comes to.
-NO_EFFECT = {"checkpoint_every", "log_to", "log_dir"}
+NO_EFFECT = {"checkpoint_every", "log_to", "log_dir", "offload"}
 
 
 def train(
@@ -97,6 +102,7 @@ def train(
             goes on, on CPUs to the same bits as if it had never stopped.
     """
     chosen = parse_options(**options)
+    check_precision(chosen.host_precision)
     if version is not None:
         check_version(version)
     processes = Processes()
@@ -174,9 +180,12 @@ def _train(
         )
     batches = Batches.build(texts, tokenizer, options)
     log.info("loading the host %s", directory.name)
-    model = load_model(directory, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    torch.nn.Module.to(model, starting_device())
-    attachment = _place(model, organ, options)
+    absent = _absent(organ, config, options) if options.offload else None
+    model, below = load_host(directory, absent, options.host_precision, trust_remote_code=trust_remote_code)
+    with skipping(below):
+        attachment = _place(model, organ, options)
+    if options.host_precision == "nf4":
+        pack(model, attachment, below)
     first, changes = attachment.positions[0], None
     trainee = Trainee.of_layers(attachment.layers, first)
     if options.rank is not None:
@@ -190,11 +199,33 @@ def _train(
         progress=progress,
         resume=resume,
         key=_run_key(organ, directory, texts, options),
+        below=below,
     )
     run.train()
     if changes is not None:
         changes.merge()
     return _trained_organ(organ, directory.name, model, attachment, texts, run)
+
+
+def _absent(organ: Organ, config: PreTrainedConfig, options: TrainingOptions) -> range:
+    """Return the numbers of the host's layers that need not be in memory: those below the organ, and those it replaces.
+
+    Raises:
+        UsageError: The position is out of range, or several processes train together.
+    """
+    if ranks.several():
+        raise UsageError("--offload is for one process; several can spread the host between them (FSDP2).")
+    count = int(getattr(config, count_name(config)))
+    if options.protocol == "standalone":
+        return range(count)
+    mode = _mode_of(options.protocol)
+    position = _position(organ, options)
+    check_position(count, organ.layer_count, at=position, mode=mode)
+    return range(position + (organ.layer_count if mode == "replace" else 0))
+
+
+def _position(organ: Organ, options: TrainingOptions) -> int:
+    return organ.manifest.recommended_position if options.at is None else options.at
 
 
 def tune_layers(
@@ -214,7 +245,7 @@ def tune_layers(
         documents: Text; a share of it is held out, and the best weights on that are kept.
         layers: The modules to train.
         progress: Called after each optimizer step.
-        **options: Fields of `TrainingOptions`; `protocol` and `at` have no meaning here.
+        **options: Fields of `TrainingOptions`; `protocol`, `at`, `host_precision` and `offload` have no meaning here.
 
     Raises:
         UsageError: An option is wrong.
@@ -241,14 +272,14 @@ def _run_key(organ: Organ, host: ModelDirectory, texts: Texts, options: Training
 
 def _place(model: PreTrainedModel, organ: Organ, options: TrainingOptions) -> Attachment:
     """Put the organ where it is to be trained."""
-    position = organ.manifest.recommended_position if options.at is None else options.at
+    position, dtype = _position(organ, options), torch.float32
     if options.protocol == "insert":
         log.info("finding the tensors that make the organ an identity")
-        return attach(model, as_identity(organ), at=position, mode="insert")
+        return attach(model, as_identity(organ), at=position, mode="insert", dtype=dtype)
     if options.protocol == "standalone":
-        attachment = attach_alone(model, organ)
+        attachment = attach_alone(model, organ, dtype=dtype)
     else:
-        attachment = attach(model, organ, at=position, mode="replace")
+        attachment = attach(model, organ, at=position, mode="replace", dtype=dtype)
     give_up_replaced(model, attachment)
     return attachment
 
@@ -264,7 +295,8 @@ def _trained_organ(
     _load_rounded(model, attachment, organ, tensors)
     options, mode = run.options, _mode_of(run.options.protocol)
     first = attachment.positions[0]
-    answers = probe.probe_layers(model, describe(model).layers_path)[attachment.positions]
+    with skipping(run.below):
+        answers = probe.probe_layers(model, describe(model).layers_path)[attachment.positions]
     evaluation = Evaluation(
         data="held-out text",
         documents=len(texts.held_out),
@@ -301,7 +333,7 @@ def _trained_organ(
         "scans": [],  # they were of other weights
         "recommended_mode": mode,
         "recommended_position": first if options.protocol != "standalone" else organ.manifest.recommended_position,
-        "probe": probe.to_manifest(answers, "float32"),
+        "probe": probe.to_manifest(answers, str(model.dtype).removeprefix("torch.")),
     }
     return Organ(organ.manifest.model_copy(update=update), tensors)
 

@@ -28,6 +28,8 @@ DECIDED_BY_COMPARE = frozenset(
         "evaluations",
         "patience",
         "checkpoint_every",
+        "host_precision",
+        "offload",
         "log_to",
         "log_dir",
     }
