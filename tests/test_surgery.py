@@ -236,10 +236,11 @@ def test_what_was_replaced_can_be_given_up(model_directory: Factory) -> None:
     before = logits(model)
     replaced = list(model.model.layers)[2:4]
     attachment = attach(model, organ, at=2, mode="replace")
-    surgery.give_up_replaced(model, attachment)
+    surgery.give_up_originals(model, attachment)
     assert all(parameter.is_meta for layer in replaced for parameter in layer.parameters())
+    assert all(tensor.is_meta for tensor in attachment.organ.tensors.values())
     assert torch.equal(logits(model), before)
     with pytest.raises(UsageError, match="no organ is attached"):
         detach(model)
     with pytest.raises(UsageError, match="is not what was attached to this model last"):
-        surgery.give_up_replaced(model, attachment)
+        surgery.give_up_originals(model, attachment)

@@ -82,6 +82,10 @@ class Organ:
         """K."""
         return self.manifest.layer_count
 
+    def without_values(self) -> Organ:
+        """Return the same organ without the memory of its tensors, of which only names, shapes and dtypes are left."""
+        return Organ(self.manifest, {name: tensor.to("meta") for name, tensor in self.tensors.items()}, self.path)
+
     def layer(self, index: int) -> dict[str, torch.Tensor]:
         """Return the tensors of layer `index`, by their names inside the layer."""
         prefix = f"layers.{index}."

@@ -153,8 +153,10 @@ def detach(model: PreTrainedModel) -> Organ:
     return attachment.organ
 
 
-def give_up_replaced(model: PreTrainedModel, attachment: Attachment) -> None:
-    """Free the memory of the layers that an organ took the place of; it can't be detached from the model any more.
+def give_up_originals(model: PreTrainedModel, attachment: Attachment) -> None:
+    """Free what only undoing needs: the layers that an organ took the place of, and its tensors as they were read.
+
+    The organ can't be detached from the model any more, and the attachment's organ has no values.
 
     Args:
         model: The model.
@@ -167,6 +169,7 @@ def give_up_replaced(model: PreTrainedModel, attachment: Attachment) -> None:
     if not stack or stack[-1] is not attachment:
         raise UsageError(f"{attachment.organ.name} is not what was attached to this model last.")
     stack.pop()
+    attachment.organ = attachment.organ.without_values()
     for layer in attachment.removed:
         layer.to("meta")
     attachment.removed.clear()

@@ -21,7 +21,7 @@ from neurograft.errors import NeurograftError, UsageError
 from neurograft.extraction import parse_layers
 from neurograft.manifest import Protocol
 from neurograft.organ import Organ, read_organ
-from neurograft.surgery import Attachment, attach, attach_alone, detach, give_up_replaced, tensors_of
+from neurograft.surgery import Attachment, attach, attach_alone, detach, give_up_originals, tensors_of
 from neurograft.training.loop import Trainee
 from neurograft.training.low_rank import LowRankChanges
 from neurograft.training.options import TrainingOptions
@@ -301,8 +301,10 @@ def _prepare_organ(
         attachment = attach_alone(model, organ)
     else:
         attachment = attach(model, organ, mode="replace" if protocol == "in_place" else "insert")
-    if protocol == "in_place":
-        give_up_replaced(model, attachment)
+    manifest = organ.manifest
+    if protocol != "standalone":
+        give_up_originals(model, attachment)
+    del organ  # its tensors are in the model now, and need not be in memory twice
     trained: dict[str, torch.Tensor] = {}
     changes = LowRankChanges(attachment.layers, rank, seed) if rank is not None else None
 
@@ -312,13 +314,13 @@ def _prepare_organ(
         trained.update(_as_shipped(attachment, model))
         if protocol == "standalone":
             detach(model)
-            attach(model, Organ(organ.manifest, trained), mode="replace", verify=False)
+            attach(model, Organ(manifest, trained), mode="replace", verify=False)
         else:
             _round_layers(attachment)
 
     def ship(folder: Path) -> int:
         path = folder / "organ.safetensors"
-        Organ(organ.manifest, trained).save(path)
+        Organ(manifest, trained).save(path)
         return path.stat().st_size
 
     trainee = Trainee(_parameters_of(attachment.layers, part), attachment.layers, attachment.positions[0])

@@ -35,7 +35,7 @@ from neurograft.organ import (
 )
 from neurograft.sharding import fill
 from neurograft.steps import check_position
-from neurograft.surgery import Attachment, attach, attach_alone, give_up_replaced, tensors_of
+from neurograft.surgery import Attachment, attach, attach_alone, give_up_originals, tensors_of
 from neurograft.training.host import check_precision, load_host, pack
 from neurograft.training.loop import Batches, ProgressCallback, Texts, Trainee, TrainingRun
 from neurograft.training.low_rank import LowRankChanges
@@ -110,15 +110,14 @@ def train(
         used = organ.path if isinstance(organ, Organ) else Path(organ)
         inputs = [Path(host), *([used] if used is not None else [])]
         processes.on_first(lambda: check_organ_output(Path(output), overwrite=overwrite, inputs=inputs))
-    organ = organ if isinstance(organ, Organ) else read_organ(organ)
     reading = {"text_column": text_column, "document_separator": document_separator, "encoding": encoding}
     texts = read_texts(data, eval_data, chosen, reading)
     resume = None if output is None else state_path(Path(output))
     with whole_weights():
         trained = _train(organ, host, texts, chosen, trust_remote_code, progress, resume)
     names = {
-        "name": clean_name(name or f"{organ.name.removesuffix(f'-{chosen.protocol}')}-{chosen.protocol}"),
-        "version": version or organ.manifest.version,
+        "name": clean_name(name or f"{trained.name.removesuffix(f'-{chosen.protocol}')}-{chosen.protocol}"),
+        "version": version or trained.manifest.version,
         "created": now(),
     }
     trained = Organ(trained.manifest.model_copy(update=names), trained.tensors)
@@ -159,7 +158,7 @@ def read_texts(paths: Any, eval_paths: Any, options: TrainingOptions, reading: d
 
 
 def _train(
-    organ: Organ,
+    source: str | Path | Organ,
     host: str | Path,
     texts: Texts,
     options: TrainingOptions,
@@ -167,6 +166,7 @@ def _train(
     progress: ProgressCallback | None,
     resume: Path | None,
 ) -> Organ:
+    organ = source if isinstance(source, Organ) else read_organ(source)
     with one_by_one():
         directory = resolve(host, trust_remote_code=trust_remote_code)
     config = load_config(directory, trust_remote_code=trust_remote_code)
@@ -182,8 +182,10 @@ def _train(
     log.info("loading the host %s", directory.name)
     absent = _absent(organ, config, options) if options.offload else None
     model, below = load_host(directory, absent, options.host_precision, trust_remote_code=trust_remote_code)
+    key = _run_key(organ, directory, texts, options)
     with skipping(below):
         attachment = _place(model, organ, options)
+    organ = organ.without_values()  # they are in the model now, and need not be in memory twice
     if options.host_precision == "nf4":
         pack(model, attachment, below)
     first, changes = attachment.positions[0], None
@@ -198,7 +200,7 @@ def _train(
         options,
         progress=progress,
         resume=resume,
-        key=_run_key(organ, directory, texts, options),
+        key=key,
         below=below,
     )
     run.train()
@@ -275,12 +277,12 @@ def _place(model: PreTrainedModel, organ: Organ, options: TrainingOptions) -> At
     position, dtype = _position(organ, options), torch.float32
     if options.protocol == "insert":
         log.info("finding the tensors that make the organ an identity")
-        return attach(model, as_identity(organ), at=position, mode="insert", dtype=dtype)
-    if options.protocol == "standalone":
+        attachment = attach(model, as_identity(organ), at=position, mode="insert", dtype=dtype)
+    elif options.protocol == "standalone":
         attachment = attach_alone(model, organ, dtype=dtype)
     else:
         attachment = attach(model, organ, at=position, mode="replace", dtype=dtype)
-    give_up_replaced(model, attachment)
+    give_up_originals(model, attachment)
     return attachment
 
 
