@@ -24,7 +24,7 @@ import numpy as np
 
 from neurograft.byte_moves import Held
 from neurograft.number_formats import _from_float32
-from neurograft.tensor_files import Piece, write_tensor_file
+from neurograft.tensor_files import NewTensorFile, Piece, write_tensor_files
 from render import describe_run
 
 RESULT = Path(__file__).parent / "results" / "disk.json"
@@ -194,7 +194,7 @@ def make_model(folder: Path, hidden: int, intermediate: int) -> Path:
         pieces = {
             key: piece_of(data, shape, number * 7919 + place) for place, (key, shape) in enumerate(tensors.items())
         }
-        write_tensor_file(folder / name, pieces, {"format": "pt"})
+        write_tensor_files([NewTensorFile(folder / name, pieces, {"format": "pt"})])
         weight_map.update(dict.fromkeys(tensors, name))
     index = {"metadata": {"total_size": tree_bytes(folder)}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from neurograft.byte_moves import Bytes, FileRange, Held
+from neurograft.byte_moves import Bytes, FileRange, Held, at_once
 from neurograft.errors import OrganFileError
 from neurograft.tensor_files import FLOATS, Piece, torch_name
 
@@ -120,14 +120,21 @@ def digest_pieces(pieces: Mapping[str, Piece], *, finite_in: str | None = None) 
     Raises:
         OrganFileError: Names the first such tensor and how many of its values are not finite.
     """
-    digests = {}
-    for name, piece in pieces.items():
-        digest, wild = piece.digest_start(), 0
-        for chunk in piece.source.chunks():
-            digest.update(chunk)
-            if finite_in is not None and piece.is_float:
-                wild += count_wild_values(chunk, piece.dtype)
+    found = at_once(
+        lambda piece: _digest(piece, finite_in is not None),
+        [(piece, piece.source.size) for piece in pieces.values()],
+    )
+    for name, (_, wild) in zip(pieces, found, strict=True):
         if wild:
             raise OrganFileError(f"{finite_in}: the tensor {name} has {wild} values that are NaN or infinite.")
-        digests[name] = digest.hexdigest()
-    return digests
+    return {name: digest for name, (digest, _) in zip(pieces, found, strict=True)}
+
+
+def _digest(piece: Piece, look: bool) -> tuple[str, int]:
+    """Return a tensor's digest and, if they are looked for, how many of its values are NaN or infinite."""
+    digest, wild = piece.digest_start(), 0
+    for chunk in piece.source.chunks():
+        digest.update(chunk)
+        if look and piece.is_float:
+            wild += count_wild_values(chunk, piece.dtype)
+    return digest.hexdigest(), wild

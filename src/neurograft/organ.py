@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neurograft.byte_moves import FileWriter
+from neurograft.byte_moves import NewFile, at_once, write_files
 from neurograft.errors import ModelError, OrganFileError, UsageError
 from neurograft.files import (
     CHUNK_BYTES,
@@ -207,9 +207,7 @@ def write_organ(organ: Organ, path: Path, *, overwrite: bool = False) -> Organ:
     whole = hashlib.sha256(header)
     with atomic_file(path, overwrite=overwrite) as temporary:
         require_space(path.parent, len(header) + bytes_of(pieces.values()))
-        with FileWriter(temporary, len(header) + bytes_of(pieces.values())) as writer:
-            writer.write(header)
-            writer.copy([(piece.source, whole) for piece in pieces.values()])
+        write_files([NewFile(temporary, header, [(piece.source, whole) for piece in pieces.values()])])
         _seal(temporary, header, whole.hexdigest())
         written, _ = parse_header(json.loads(header[8:]), path, len(header), temporary.stat().st_size)
     manifest = manifest.model_copy(update={"file_digest": whole.hexdigest()})
@@ -249,8 +247,16 @@ def open_organ(path: str | Path) -> Organ:
     """
     path = Path(path)
     manifest, pieces = _read_front(path)
-    _verify_file_digest(path, manifest.file_digest)
-    if combine_digests(digest_pieces(pieces, finite_in=str(path))) != manifest.tensors_digest:
+    size = path.stat().st_size
+    digests: dict[str, str] = {}
+    at_once(
+        lambda check: check(),
+        [
+            (lambda: _verify_file_digest(path, manifest.file_digest), size),
+            (lambda: digests.update(digest_pieces(pieces, finite_in=str(path))), size),
+        ],
+    )
+    if combine_digests(digests) != manifest.tensors_digest:
         raise OrganFileError(
             f"the tensors in {path} do not have the digest that its manifest gives; the file was altered."
         )

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neurograft.byte_moves import Bytes, FileRange, FileWriter, Progress
+from neurograft.byte_moves import Bytes, FileRange, NewFile, Progress, write_files
 from neurograft.errors import ModelError
 from neurograft.files import tensor_hash
 
@@ -170,23 +170,31 @@ def bytes_of(pieces: Iterable[Piece]) -> int:
     return sum(piece.source.size for piece in pieces)
 
 
-def write_tensor_file(
-    path: Path, pieces: Mapping[str, Piece], metadata: Mapping[str, str], *, progress: Progress | None = None
-) -> dict[str, str]:
-    """Write a safetensors file and return the digest of each tensor, made from the bytes as they were copied.
+@dataclass(frozen=True)
+class NewTensorFile:
+    """A safetensors file to be written: what is in it, and where the bytes come from."""
+
+    path: Path
+    """Does not exist yet."""
+    pieces: Mapping[str, Piece]
+    metadata: Mapping[str, str]
+
+
+def write_tensor_files(files: Sequence[NewTensorFile], *, progress: Progress | None = None) -> dict[str, str]:
+    """Write safetensors files and return the digest of each tensor, made from the bytes as they were copied.
 
     Args:
-        path: A file that does not exist yet.
-        pieces: Tensor name -> what it is and where its bytes come from.
-        metadata: Goes into the header.
+        files: No tensor occurs in two of them.
         progress: Called with the number of bytes that were written since the last call.
     """
-    ordered = in_file_order(pieces)
-    header = header_of(ordered, metadata)
-    hashes = {name: piece.digest_start() for name, piece in ordered.items()}
-    with FileWriter(path, len(header) + bytes_of(ordered.values()), progress) as writer:
-        writer.write(header)
-        writer.copy([(piece.source, hashes[name]) for name, piece in ordered.items()])
+    hashes: dict[str, hashlib._Hash] = {}
+    new = []
+    for file in files:
+        ordered = in_file_order(file.pieces)
+        hashes.update({name: piece.digest_start() for name, piece in ordered.items()})
+        parts = [(piece.source, hashes[name]) for name, piece in ordered.items()]
+        new.append(NewFile(file.path, header_of(ordered, file.metadata), parts))
+    write_files(new, progress)
     return {name: digest.hexdigest() for name, digest in hashes.items()}
 
 
