@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from neurograft import remove, transplant
-from neurograft.byte_moves import FileRange, Held, NewFile, _Moves, link_file, write_files
+from neurograft.byte_moves import Bytes, FileRange, Held, NewFile, _Moves, link_file, write_files
 from neurograft.errors import ModelError, OrganFileError, UsageError, VerificationError
 from neurograft.files import file_sha256, tensor_digest
 from neurograft.number_formats import converted, digest_pieces, held, load_piece
@@ -84,7 +84,7 @@ def test_every_way_to_copy_gives_the_same_bytes(
     data = np.random.default_rng(0).bytes(12_345)
     (tmp_path / "a").write_bytes(data)
     order = [(100, 5000), (5100, 45), (0, 100), (6000, 6345)]
-    sources = [*(FileRange(tmp_path / "a", *place) for place in order), Held(memoryview(b"wxyz"))]
+    sources: list[Bytes] = [*(FileRange(tmp_path / "a", *place) for place in order), Held(memoryview(b"wxyz"))]
     whole = hashlib.sha256()
     digests = [whole if one_digest else hashlib.sha256() for _ in sources]
     parts = list(zip(sources, digests, strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +14,10 @@ from typing import Any
 from neurograft.errors import ModelError
 from neurograft.files import combine_digests, file_sha256
 from neurograft.layer_values import Row
+from neurograft.manifest import TokenizerFingerprint
 from neurograft.models import ModelDirectory, read_raw_config
 from neurograft.number_formats import digest_pieces
-from neurograft.studies import ModelStudy, study_model
+from neurograft.studies import ModelStudy, study_all
 from neurograft.tensor_files import Piece, TensorFile, bytes_of, read_tensor_file
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -31,8 +32,11 @@ class Checkpoint:
     raw_config: Mapping[str, Any]
     files: tuple[TensorFile, ...]
     study: ModelStudy = field(repr=False)
+    tokenizer: TokenizerFingerprint | None = None
     all_names: frozenset[str] | None = field(default=None, repr=False)
     """Names of all tensors, where only some of the files are here."""
+    _digests: dict[str, str] = field(default_factory=dict, repr=False)
+    """Tensor name -> digest, of those that were read."""
 
     @property
     def layer_count(self) -> int:
@@ -107,11 +111,19 @@ class Checkpoint:
 
     def layer_digest(self, layer: int) -> str:
         """Return one digest over a layer's tensors: names inside the layer, dtypes, shapes and bytes."""
-        return combine_digests(digest_pieces(self.layer_pieces(layer)))
+        names = self.layer_names(layer)
+        digests = self.digests_of(names.values())
+        return combine_digests({inner: digests[name] for inner, name in names.items()})
+
+    def digests_of(self, names: Iterable[str]) -> dict[str, str]:
+        """Return tensor name -> digest for some tensors; each is read once, however often it is asked for."""
+        wanted = list(names)
+        self._digests.update(digest_pieces({name: self.pieces[name] for name in wanted if name not in self._digests}))
+        return {name: self._digests[name] for name in wanted}
 
     def digests(self) -> dict[str, str]:
         """Return tensor name -> digest, for every tensor of the model."""
-        return digest_pieces(self.pieces)
+        return self.digests_of(self.pieces)
 
     def config_digest(self) -> str:
         """Return the SHA-256 of `config.json`."""
@@ -126,8 +138,8 @@ def open_checkpoint(directory: ModelDirectory, *, trust_remote_code: bool = Fals
     """
     raw = read_raw_config(directory.path)
     refuse_numbered_packing(raw, directory.name)
-    study = study_model(directory, trust_remote_code=trust_remote_code)
-    return Checkpoint(directory, raw, tuple(map(read_tensor_file, _weight_files(directory))), study)
+    study, tokenizer = study_all(directory, trust_remote_code=trust_remote_code)
+    return Checkpoint(directory, raw, tuple(map(read_tensor_file, _weight_files(directory))), study, tokenizer)
 
 
 def refuse_numbered_packing(raw: Mapping[str, Any], name: str) -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from neurograft.anatomy import build_skeleton
@@ -27,6 +26,7 @@ from neurograft.studies import Layout, study_graft, studying
 from neurograft.tensor_files import Piece, same_kinds, torch_name
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedConfig, PreTrainedModel
 
 # Values that say nothing about what a layer computes.
@@ -78,7 +78,7 @@ _SAMPLED_VALUES = 1 << 17
 class CheckReport(BaseModel):
     """Every finding about one organ and one recipient."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
     organ: str
     recipient: str
     position: int
@@ -132,14 +132,24 @@ def check_checkpoint(
     *,
     at: int | None,
     mode: Mode | None,
+    look_for_match: bool = True,
     trust_remote_code: bool = False,
 ) -> tuple[CheckReport, str | None]:
     """Do what `check` does, on a recipient that is open already.
 
+    Args:
+        organ: See `check`.
+        checkpoint: The recipient.
+        at: See `check`.
+        mode: See `check`.
+        look_for_match: Whether to compare weights, which are read for it, although the position is given.
+        trust_remote_code: See `check`.
+
     Returns:
         The report, and the `config.json` of the result if nothing blocks.
     """
-    alignment = align(organ, checkpoint)
+    compared = at is None or look_for_match
+    alignment = align(organ, checkpoint) if compared else None
     if at is None and alignment is not None:
         at = alignment.position
     position, chosen = recommended_place(organ.manifest, at=at, mode=mode)
@@ -151,8 +161,8 @@ def check_checkpoint(
     findings = [
         *study.findings,
         *_name_findings(organ, checkpoint),
-        *_tokenizer_findings(organ.manifest.tokenizer, checkpoint.study.tokenizer),
-        *_alignment_findings(organ, alignment, position, chosen),
+        *_tokenizer_findings(organ.manifest.tokenizer, checkpoint.tokenizer),
+        *(_alignment_findings(organ, alignment, position, chosen) if compared else ()),
         *_manifest_findings(organ.manifest),
         *_dtype_findings(organ),
         *(Finding(severity="notes", subject="recipient", why=note) for note in checkpoint.directory.notes),
@@ -432,6 +442,8 @@ def align(organ: Organ, checkpoint: Checkpoint) -> Alignment | None:
     """
     if organ.manifest.anatomy.model_type != checkpoint.study.model_type or organ.layer_count > checkpoint.layer_count:
         return None
+    import numpy as np
+
     ours = [_sample(organ.layer_pieces(index)) for index in range(organ.layer_count)]
     scores = np.zeros((organ.layer_count, checkpoint.layer_count))  # (k, L)
     for layer in range(checkpoint.layer_count):
@@ -458,6 +470,8 @@ def _sample(layer: Mapping[str, Piece]) -> dict[str, np.ndarray[Any, Any]]:
 
 def _similarity(ours: Mapping[str, np.ndarray[Any, Any]], theirs: Mapping[str, np.ndarray[Any, Any]]) -> float:
     """Return the median over matrices of the cosine similarity of their first rows."""
+    import numpy as np
+
     cosines = [
         float(ours[name] @ sample / max(np.linalg.norm(ours[name]) * np.linalg.norm(sample), 1e-12))
         for name, sample in theirs.items()

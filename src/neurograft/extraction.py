@@ -204,7 +204,7 @@ def organ_from_checkpoint(
             layer_values=[checkpoint.rows[layer] for layer in layers],
             dtype=pieces_dtype(pieces_of(tensors)),
         ),
-        tokenizer=study.tokenizer,
+        tokenizer=checkpoint.tokenizer,
         source=Source(
             model=checkpoint.directory.name,
             revision=checkpoint.directory.revision,

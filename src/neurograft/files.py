@@ -81,12 +81,15 @@ def _force_tree(folder: Path, mode: int) -> None:
 
     What is forced by several threads at once costs the file system's journal one commit, not one for each file.
     """
-    paths = [*folder.rglob("*"), folder]
-    for path in paths:
+    paths = [folder]
+    for path in folder.rglob("*"):
         status = path.stat()
-        own = stat.S_ISREG(status.st_mode) and status.st_nlink == 1  # a hard link is someone else's file too
-        if own and stat.S_IMODE(status.st_mode) != mode:
-            path.chmod(mode)
+        if stat.S_ISREG(status.st_mode):
+            if status.st_nlink > 1:  # a hard link is someone else's file too
+                continue
+            if stat.S_IMODE(status.st_mode) != mode:
+                path.chmod(mode)
+        paths.append(path)
     with ThreadPoolExecutor(_SYNCING, "sync") as syncers:
         list(syncers.map(fsync, paths))
 

@@ -16,7 +16,7 @@ from neurograft.checkpoint import INDEX_FILE, Checkpoint, refuse_numbered_packin
 from neurograft.errors import ModelError
 from neurograft.files import human_bytes, require_space
 from neurograft.models import HUB_FILES, ModelDirectory, cache_directory, read_raw_config, refuse_foreign
-from neurograft.studies import ModelStudy, study_model
+from neurograft.studies import ModelStudy, study_all
 from neurograft.tensor_files import MAX_HEADER_BYTES, Piece, TensorFile, read_tensor_file
 
 log = logging.getLogger("neurograft")
@@ -86,12 +86,12 @@ def hub_layers(
         refuse_foreign(directory.path, trust_remote_code=trust_remote_code)
         raw = read_raw_config(directory.path)
         refuse_numbered_packing(raw, directory.name)
-        study = study_model(directory, trust_remote_code=trust_remote_code)
+        study, tokenizer = study_all(directory, trust_remote_code=trust_remote_code)
         chosen = choose(study.layer_count)
         cache_directory().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="hub-", dir=cache_directory()) as folder:
             files, names = _fetch(_Remote(name, str(directory.revision)), directory.path, study, chosen, Path(folder))
-            yield Checkpoint(directory, raw, files, study, names), chosen
+            yield Checkpoint(directory, raw, files, study, tokenizer, names), chosen
     except OSError as error:  # the Hub's own errors are among these
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(f"the Hub did not give {name}: {reason}") from error

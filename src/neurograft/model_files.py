@@ -186,7 +186,8 @@ def _linked_and_not(
     files: Sequence[PlannedFile], target: Path, link: Link
 ) -> tuple[list[PlannedFile], list[PlannedFile]]:
     """Link the files that can be linked, and return them and the others."""
-    linked, others = [], []
+    linked: list[PlannedFile] = []
+    others: list[PlannedFile] = []
     for file in files:
         done = file.same_as is not None and link_file(file.same_as.path.resolve(), target / file.name, link)
         (linked if done else others).append(file)

@@ -4,33 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from neurograft.byte_moves import Bytes, FileRange, Held, at_once
 from neurograft.errors import OrganFileError
 from neurograft.tensor_files import FLOATS, Piece, torch_name
 
+# numpy is imported where it is used: a tenth of a second counts where a transplant takes half of one.
+if TYPE_CHECKING:
+    import numpy as np
+
 # dtype -> the unsigned integer of its width, and the bits of its exponent, all set in NaN and infinity
-_EXPONENTS: dict[str, tuple[Any, int]] = {
-    "F64": (np.uint64, 0x7FF0_0000_0000_0000),
-    "F32": (np.uint32, 0x7F80_0000),
-    "F16": (np.uint16, 0x7C00),
-    "BF16": (np.uint16, 0x7F80),
+_EXPONENTS = {
+    "F64": ("uint64", 0x7FF0_0000_0000_0000),
+    "F32": ("uint32", 0x7F80_0000),
+    "F16": ("uint16", 0x7C00),
+    "BF16": ("uint16", 0x7F80),
 }
-_NUMPY: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
+_NUMPY = {"F64": "float64", "F32": "float32", "F16": "float16"}
 
 
 def count_wild_values(chunk: memoryview, dtype: str) -> int:
     """Return how many values of a plain floating-point dtype are NaN or infinite."""
-    integer, exponent = _EXPONENTS[dtype]
-    values = np.frombuffer(chunk, integer)
-    return int(np.count_nonzero((values & integer(exponent)) == integer(exponent)))
+    import numpy as np
+
+    integer, bits = _EXPONENTS[dtype]
+    values, exponent = np.frombuffer(chunk, integer), np.dtype(integer).type(bits)
+    return int(np.count_nonzero((values & exponent) == exponent))
 
 
 def to_float32(chunk: memoryview | bytes, dtype: str) -> np.ndarray[Any, Any]:
     """Return the values of a chunk as float32."""
+    import numpy as np
+
     if dtype == "BF16":
         return (np.frombuffer(chunk, np.uint16).astype(np.uint32) << 16).view(np.float32)
     return np.frombuffer(chunk, _NUMPY[dtype]).astype(np.float32)
@@ -38,6 +44,8 @@ def to_float32(chunk: memoryview | bytes, dtype: str) -> np.ndarray[Any, Any]:
 
 def _from_float32(values: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
     """Round float32 values to a dtype, ties to even, as torch does."""
+    import numpy as np
+
     if dtype == "BF16":
         bits = values.view(np.uint32)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)

@@ -31,7 +31,7 @@ from neurograft.models import (
     load_model_and_unused,
     resolve,
 )
-from neurograft.number_formats import converted, digest_pieces
+from neurograft.number_formats import converted
 from neurograft.organ import Organ, clean_name, open_organ
 from neurograft.record import EXPLANT_FOLDER, make_record, unique_name
 from neurograft.steps import Step, order_layers
@@ -92,7 +92,9 @@ def transplant(
     with studying():
         checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
         log.info("checking %s against %s", organ.name, directory.name)
-        report, config = check_checkpoint(organ, checkpoint, at=at, mode=mode, trust_remote_code=trust_remote_code)
+        report, config = check_checkpoint(
+            organ, checkpoint, at=at, mode=mode, look_for_match=False, trust_remote_code=trust_remote_code
+        )
         refuse_blocked(report)
         assert config is not None
         level = verify if verify != "auto" else "layers" if checkpoint.runs_easily else "bytes"
@@ -164,7 +166,7 @@ class Surgery:
     def _original_digests(self, written: Written, leaving: Mapping[str, Piece]) -> dict[str, str | None]:
         """Return the digest of each of the recipient's tensors, as it was read to be copied."""
         kept = new_names(self.checkpoint, self.steps)
-        return {**{old: written.digests[new] for old, new in kept.items()}, **digest_pieces(leaving)}
+        return {**{old: written.digests[new] for old, new in kept.items()}, **self.checkpoint.digests_of(leaving)}
 
     def _verify_organ(self, fitted: Mapping[str, Piece], written: Written) -> None:
         """Check that the organ's bytes, as copied, are those that its file was checked to hold.
