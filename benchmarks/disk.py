@@ -81,7 +81,8 @@ def measure(size: int, folder: Path, mergekit: Path | None, rounds: int) -> dict
     extract = [*neurograft, "extract", str(model), "--verify", "bytes", "--overwrite", "-o"]
     transplant = [*neurograft, "transplant", str(organ), str(model), "-o", str(folder / "out")]
     ways: dict[str, list[str]] = {
-        "cp": ["cp", "-r", str(model), str(folder / "out")],
+        # the bytes that an insertion writes: the model's and the organ's
+        "cp": ["sh", "-c", f"cp -r {model} {folder / 'out'} && cp {organ} {folder / 'out'}"],
         "insert, copied": [
             *(*transplant, "--mode", "insert", "--at", str(MIDDLE)),
             *("--link", "copy", "--verify", "bytes"),

@@ -21,7 +21,7 @@ from neurograft.byte_moves import Bytes, FileRange, Held, NewFile, _Moves, link_
 from neurograft.errors import ModelError, OrganFileError, UsageError, VerificationError
 from neurograft.files import file_sha256, tensor_digest
 from neurograft.number_formats import converted, digest_pieces, held, load_piece
-from neurograft.organ import Organ
+from neurograft.organ import Organ, read_manifest
 from neurograft.record import read_record
 from neurograft.tensor_files import NewTensorFile, read_tensor_file, write_tensor_files
 from tiny import contents, load, logits, make_model, make_tokenizer
@@ -259,8 +259,22 @@ def test_an_organ_that_changes_while_it_is_copied(
         {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}},
         {"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}},
         {"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "y": {"dtype": "U8", "shape": [1]}},
+        {
+            "x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+            "y": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]},
+        },
+        {"x": {"dtype": "F32", "shape": [1 << 40, 1 << 40], "data_offsets": [0, 8]}},
+        {"x": {"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]}},
+        {"x": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}},
+        {"x": {"dtype": "F32", "shape": [True, 2], "data_offsets": [0, 8]}},
+        {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 1 << 70]}},
+        {"x": {"dtype": "F32", "shape": [2], "data_offsets": ["0", "8"]}},
+        {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "__metadata__": {"format": 1}},
+        {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "__metadata__": ["pt"]},
         {"x": [1]},
+        {"x": None},
         [],
+        7,
     ],
 )
 def test_headers_that_lie_are_refused(header: Any, tmp_path: Path) -> None:
@@ -268,6 +282,27 @@ def test_headers_that_lie_are_refused(header: Any, tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
     with pytest.raises(ModelError, match="can't be read as a safetensors file"):
         read_tensor_file(tmp_path / "x.safetensors")
+
+
+_TWICE = b'{"x":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"x":{"dtype":"U8","shape":[4],"data_offsets":[4,8]}}'
+
+
+@pytest.mark.parametrize("text", [_TWICE, b"[" * 200_000, b'{"x":' * 100_000, b"\xff\xfe", b"", b"NaN"])
+def test_headers_that_are_no_headers_are_refused(text: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    with pytest.raises(ModelError, match="can't be read as a safetensors file"):
+        read_tensor_file(path)
+    with pytest.raises(OrganFileError, match="is no safetensors file"):
+        read_manifest(path)
+
+
+@pytest.mark.parametrize("length", [0, 3, 8, 9, 2**63, 2**64 - 1])
+def test_lengths_that_lie_take_no_memory(length: int, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(length.to_bytes(8, "little")[: max(length, 3)])
+    with pytest.raises(ModelError, match="can't be read as a safetensors file"):
+        read_tensor_file(path)
 
 
 _PROGRAM = """

@@ -72,7 +72,7 @@ def test_what_a_lean_process_can_not_answer_is_asked_again(recipient: Path, monk
     class Failing(studies._Helper):
         def __init__(self, kind: Any) -> None:
             asked.append(kind)
-            super().__init__(kind if kind == "whole" else "no such kind")
+            super().__init__(kind if kind == "whole" else "no such kind")  # type: ignore[arg-type]
 
     monkeypatch.setattr(studies, "_Helper", Failing)
     with studies.studying():

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Lock
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, runtime_checkable
 
 from neurograft.errors import UsageError
 
@@ -48,6 +48,15 @@ class Bytes(Protocol):
         ...
 
 
+@runtime_checkable
+class Cuttable(Bytes, Protocol):
+    """Bytes of which no more need be read than is wanted."""
+
+    def beginning(self, size: int) -> Bytes:
+        """Return the first bytes."""
+        ...
+
+
 @dataclass(frozen=True)
 class FileRange:
     """A range of a file."""
@@ -67,6 +76,10 @@ class FileRange:
                 yield part
         finally:
             os.close(descriptor)
+
+    def beginning(self, size: int) -> FileRange:
+        """Return the first bytes of the range."""
+        return FileRange(self.path, self.start, min(size, self.size))
 
 
 @dataclass(frozen=True)

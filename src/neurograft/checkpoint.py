@@ -152,15 +152,35 @@ def refuse_numbered_packing(raw: Mapping[str, Any], name: str) -> None:
         )
 
 
+def read_index(path: Path, name: str) -> dict[str, str]:
+    """Return tensor name -> file, as a model's index says.
+
+    Args:
+        path: The index.
+        name: The model's name, for messages.
+
+    Raises:
+        ModelError: It is no index, or names files that are no safetensors files of the model's own folder.
+    """
+    try:
+        shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        files = {str(tensor): shards[tensor] for tensor in shards}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ModelError(f"{path} is no shard index: {type(error).__name__}: {error}.") from error
+    for file in files.values():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ModelError(
+                f"the index of {name} names the file {file!r}; a shard is a .safetensors file beside the index."
+            )
+    return files
+
+
 def _weight_files(directory: ModelDirectory) -> list[Path]:
     index, single = directory.path / INDEX_FILE, directory.path / "model.safetensors"
     if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ModelError(f"{index} is no shard index: {error}.") from error
+        names = sorted(set(read_index(index, directory.name).values()))
         for name in names:
-            if Path(name).name != name or not (directory.path / name).is_file():
+            if not (directory.path / name).is_file():
                 raise ModelError(f"{index} names the shard {name}, which is not there.")
         return [directory.path / name for name in names]
     if single.is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,11 @@ from neurograft.anatomy import build_skeleton
 from neurograft.checkpoint import Checkpoint, open_checkpoint
 from neurograft.errors import IncompatibleError, NeurograftError, OrganFileError
 from neurograft.findings import Finding, Severity
+from neurograft.hub import RemoteRange, hub_headers
 from neurograft.layer_values import count_name, read_rows
 from neurograft.layer_weights import to_disk, verify_names
 from neurograft.manifest import Manifest, Mode, TokenizerFingerprint
-from neurograft.models import resolve
+from neurograft.models import is_hub_id, resolve
 from neurograft.number_formats import first_rows
 from neurograft.organ import Organ, config_to_json, open_organ, pieces_dtype
 from neurograft.planning import plan_graft
@@ -70,9 +72,19 @@ _REASONS = (
     (re.compile(r"intermediate|n_inner|ffn"), "the feed-forward matrices have another shape"),
 )
 _ALIGNED = 0.5
-_SAMPLED_ROWS = 64
-_SAMPLED_TENSORS = 12
-_SAMPLED_VALUES = 1 << 17
+
+
+@dataclass(frozen=True)
+class _Sampling:
+    """How much of a layer is read to compare it with others."""
+
+    tensors: int
+    rows: int
+    values: int
+
+
+_NEAR = _Sampling(tensors=12, rows=64, values=1 << 17)
+_FAR = _Sampling(tensors=3, rows=16, values=1 << 14)  # each tensor is a request to a server
 
 
 class CheckReport(BaseModel):
@@ -120,10 +132,19 @@ def check(
         ModelError: The recipient can't be read or cut into layers.
     """
     organ = organ if isinstance(organ, Organ) else open_organ(organ)
-    directory = resolve(recipient, trust_remote_code=trust_remote_code)
     with studying():
-        checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
+        checkpoint = _open(recipient, trust_remote_code)
         return check_checkpoint(organ, checkpoint, at=at, mode=mode, trust_remote_code=trust_remote_code)[0]
+
+
+def _open(recipient: str | Path, trust_remote_code: bool) -> Checkpoint:
+    """Open a recipient to look at; one on the Hub is fetched as far as it is looked at, where the server can."""
+    if is_hub_id(recipient):
+        opened = hub_headers(str(recipient), trust_remote_code=trust_remote_code)
+        if opened is not None:
+            return opened
+    directory = resolve(recipient, trust_remote_code=trust_remote_code)
+    return open_checkpoint(directory, trust_remote_code=trust_remote_code)
 
 
 def check_checkpoint(
@@ -444,10 +465,15 @@ def align(organ: Organ, checkpoint: Checkpoint) -> Alignment | None:
         return None
     import numpy as np
 
-    ours = [_sample(organ.layer_pieces(index)) for index in range(organ.layer_count)]
+    far = any(isinstance(piece.source, RemoteRange) for piece in checkpoint.pieces.values())
+    sampling = _FAR if far else _NEAR
+    ours = [_sample(organ.layer_pieces(index), sampling) for index in range(organ.layer_count)]
+    with ThreadPoolExecutor(8) as readers:
+        samples = readers.map(
+            lambda layer: _sample(checkpoint.layer_pieces(layer), sampling), range(checkpoint.layer_count)
+        )
     scores = np.zeros((organ.layer_count, checkpoint.layer_count))  # (k, L)
-    for layer in range(checkpoint.layer_count):
-        theirs = _sample(checkpoint.layer_pieces(layer))
+    for layer, theirs in enumerate(samples):
         scores[:, layer] = [_similarity(own, theirs) for own in ours]
     starts = checkpoint.layer_count - organ.layer_count + 1
     means = np.array([scores[:, start : start + organ.layer_count].diagonal().mean() for start in range(starts)])
@@ -461,11 +487,11 @@ def align(organ: Organ, checkpoint: Checkpoint) -> Alignment | None:
     return Alignment(position, best, float(means[best]), runner_up)
 
 
-def _sample(layer: Mapping[str, Piece]) -> dict[str, np.ndarray[Any, Any]]:
+def _sample(layer: Mapping[str, Piece], sampling: _Sampling) -> dict[str, np.ndarray[Any, Any]]:
     """Read the first rows of some of a layer's matrices, as float32, flat."""
     matrices = sorted(name for name, piece in layer.items() if len(piece.shape) >= 2 and piece.is_float)
-    step = max(1, len(matrices) // _SAMPLED_TENSORS)
-    return {name: first_rows(layer[name], _SAMPLED_ROWS, _SAMPLED_VALUES) for name in matrices[::step]}
+    step = max(1, len(matrices) // sampling.tensors)
+    return {name: first_rows(layer[name], sampling.rows, sampling.values) for name in matrices[::step]}
 
 
 def _similarity(ours: Mapping[str, np.ndarray[Any, Any]], theirs: Mapping[str, np.ndarray[Any, Any]]) -> float:

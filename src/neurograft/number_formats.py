@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from neurograft.byte_moves import Bytes, FileRange, Held, at_once
+from neurograft.byte_moves import Bytes, Cuttable, Held, at_once
 from neurograft.errors import OrganFileError
 from neurograft.tensor_files import FLOATS, Piece, torch_name
 
@@ -99,10 +99,13 @@ def first_rows(piece: Piece, rows: int, values: int) -> np.ndarray[Any, Any]:
     """Return the first rows of a matrix of plain numbers, at most so many numbers, flat, as float32."""
     row = piece.source.size // max(piece.shape[0], 1)
     wanted = min(rows * row, values * FLOATS[piece.dtype], piece.source.size)
-    if isinstance(piece.source, FileRange):  # read no more than is needed
-        piece = Piece(piece.dtype, piece.shape, FileRange(piece.source.path, piece.source.start, wanted))
-    chunk = next(iter(piece.source.chunks()), memoryview(b""))
-    return to_float32(chunk[:wanted], piece.dtype).copy()
+    source = piece.source.beginning(wanted) if isinstance(piece.source, Cuttable) else piece.source
+    data = bytearray()
+    for chunk in source.chunks():
+        data += chunk
+        if len(data) >= wanted:
+            break
+    return to_float32(memoryview(data)[:wanted], piece.dtype)
 
 
 def load_piece(piece: Piece) -> Any:
