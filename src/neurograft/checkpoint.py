@@ -21,7 +21,8 @@ from neurograft.studies import ModelStudy, study_all
 from neurograft.tensor_files import Piece, TensorFile, bytes_of, read_tensor_file
 
 INDEX_FILE = "model.safetensors.index.json"
-_EASY_SHARE = 0.25  # of the machine's memory
+EASY_SHARE = 0.25
+"""The share of the machine's memory that a model may take which is loaded although nobody asked for it."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Checkpoint:
         """Whether nobody minds that the model is loaded and run: it is here, plain, and small for the machine."""
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         here = self.packing is None and self.all_names is None
-        return here and bytes_of(self.pieces.values()) <= _EASY_SHARE * memory
+        return here and bytes_of(self.pieces.values()) <= EASY_SHARE * memory
 
     @cached_property
     def pieces(self) -> dict[str, Piece]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from neurograft.checkpoint import Checkpoint, open_checkpoint
 from neurograft.errors import UsageError
+from neurograft.gguf_files import dequantises_easily, gguf_layers, is_gguf
 from neurograft.hub import hub_layers
 from neurograft.manifest import (
     UNSEALED,
@@ -115,7 +116,10 @@ def extract(
         check_organ_output(Path(output), overwrite=overwrite, inputs=[Path(model)])
     with (
         studying(),
-        _opened(model, layers, whole=verify == "layers", trust_remote_code=trust_remote_code) as (checkpoint, chosen),
+        _opened(model, layers, whole=_wants_whole(model, verify), trust_remote_code=trust_remote_code) as (
+            checkpoint,
+            chosen,
+        ),
     ):
         directory = checkpoint.directory
         asked = verify == "layers" or (verify == "auto" and checkpoint.runs_easily)
@@ -136,17 +140,28 @@ def extract(
         return Organ(organ.manifest, {name: organ.tensors[name] for name in organ.tensors})
 
 
+def _wants_whole(model: str | Path, verify: str) -> bool:
+    """Whether layers are to be run, for which a model is needed whole."""
+    return verify == "layers" or (verify == "auto" and is_gguf(Path(model)) and dequantises_easily(Path(model)))
+
+
 @contextmanager
 def _opened(
     model: str | Path, layers: str | range | tuple[int, int], *, whole: bool, trust_remote_code: bool
 ) -> Iterator[tuple[Checkpoint, range]]:
-    """Open a model to take layers out of it; of one on the Hub, only these layers unless `whole`."""
+    """Open a model to take layers out of it; of one on the Hub or in a GGUF file, only these layers unless `whole`."""
     if is_hub_id(model) and not whole:
         with hub_layers(
             str(model), lambda count: parse_layers(layers, count), trust_remote_code=trust_remote_code
         ) as opened:
             yield opened
         return
+    path = Path(model)
+    if is_gguf(path) and not whole:
+        with gguf_layers(path, lambda count: parse_layers(layers, count)) as found:
+            if found is not None:
+                yield found
+                return
     directory = resolve(model, trust_remote_code=trust_remote_code)
     checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
     yield checkpoint, parse_layers(layers, checkpoint.layer_count)
