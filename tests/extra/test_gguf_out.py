@@ -28,20 +28,23 @@ def _rotary_order(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     return tensor.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, size: int) -> None:
-    """Add a byte-pair tokenizer of single letters and one pair."""
+def token_texts(size: int) -> list[str]:
+    """Return the tokens of a vocabulary of single letters, one pair and numbers."""
     tokens = ["<unk>", "<s>", "</s>", *(chr(97 + number) for number in range(26)), "ab"]
-    tokens += [f"<{number}>" for number in range(size - len(tokens))]
+    return tokens + [f"<{number}>" for number in range(size - len(tokens))]
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, size: int) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list(tokens)
+    writer.add_token_list(token_texts(size))
     writer.add_token_types([gguf.TokenType.NORMAL] * size)
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
 
 
-def _convert(folder: Path, target: Path, *, packed: bool = False) -> dict[str, torch.Tensor]:
+def convert(folder: Path, target: Path, *, packed: bool = False) -> dict[str, torch.Tensor]:
     """Write a directory as a GGUF file; with `packed`, matrices of layers as 8-bit blocks."""
     config = AutoConfig.from_pretrained(folder)
     writer = gguf.GGUFWriter(target, "llama")
@@ -77,7 +80,7 @@ def _convert(folder: Path, target: Path, *, packed: bool = False) -> dict[str, t
 
 def test_a_transplanted_model_as_gguf(organ: Organ, recipient: Path, tmp_path: Path) -> None:
     transplant(organ, recipient, at=3, mode="insert", output=tmp_path / "out")
-    expected = _convert(tmp_path / "out", tmp_path / "out.gguf")
+    expected = convert(tmp_path / "out", tmp_path / "out.gguf")
     reader = gguf.GGUFReader(tmp_path / "out.gguf")
     assert reader.fields["llama.block_count"].contents() == 8
     found = {tensor.name: tensor for tensor in reader.tensors}
@@ -92,7 +95,7 @@ def test_only_the_wanted_layers_of_a_gguf_file_are_dequantised(
     recipient: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NEUROGRAFT_CACHE", str(tmp_path / "cache"))
-    _convert(recipient, tmp_path / "packed.gguf", packed=True)
+    convert(recipient, tmp_path / "packed.gguf", packed=True)
     read: list[str] = []
     dequantize = gguf.dequantize
 
