@@ -21,7 +21,6 @@ from neurograft.manifest import (
     Source,
 )
 from neurograft.models import (
-    ModelDirectory,
     is_hub_id,
     load_model,
     resolve,
@@ -37,6 +36,7 @@ from neurograft.organ import (
     pieces_dtype,
     pieces_of,
 )
+from neurograft.streaming import loaded_to_ask
 from neurograft.studies import studying
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def extract(
         license: SPDX identifier or name of its licence.
         description: One line about it.
         verify: `bytes`: the layers are copied as bytes; `layers`: they are also run, and their answers to the probe
-            questions put into the manifest, for which transformers loads the model; `auto`: `layers` where the
+            questions put into the manifest, for which transformers runs the model; `auto`: `layers` where the
             weights are plain, all here, and take at most a quarter of this machine's memory, else `bytes`.
         overwrite: Whether an existing file may be replaced.
         trust_remote_code: See `neurograft.models.resolve`.
@@ -123,7 +123,7 @@ def extract(
     ):
         directory = checkpoint.directory
         asked = verify == "layers" or (verify == "auto" and checkpoint.runs_easily)
-        answers, dtype = _ask(directory, trust_remote_code) if asked else (None, "")
+        answers, dtype = _ask(checkpoint, trust_remote_code) if asked else (None, "")
         organ = organ_from_checkpoint(
             checkpoint,
             chosen,
@@ -167,15 +167,17 @@ def _opened(
     yield checkpoint, parse_layers(layers, checkpoint.layer_count)
 
 
-def _ask(directory: ModelDirectory, trust_remote_code: bool) -> tuple[torch.Tensor, str]:
+def _ask(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[torch.Tensor, str]:
     """Return a causal model's answers to the probe, (L, T, S), and the dtype they were computed in."""
     from neurograft import probe
     from neurograft.anatomy import describe
 
+    directory = checkpoint.directory
+    whole = checkpoint.runs_easily or checkpoint.packing is not None
     log.info("loading %s to ask its layers the probe questions", directory.name)
-    loaded = load_model(directory, trust_remote_code=trust_remote_code)
-    probe.refuse_future_leak(loaded, directory.name)
-    return probe.probe_layers(loaded, describe(loaded).layers_path), str(loaded.dtype).removeprefix("torch.")
+    with loaded_to_ask(directory, whole=whole, trust_remote_code=trust_remote_code) as (loaded, _):
+        probe.refuse_future_leak(loaded, directory.name)
+        return probe.probe_layers(loaded, describe(loaded).layers_path), str(loaded.dtype).removeprefix("torch.")
 
 
 def organ_from_checkpoint(
