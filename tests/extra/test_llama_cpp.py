@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from extra.test_gguf_out import convert, token_texts
+from gguf_writer import convert, token_texts
 from neurograft import transplant
 from neurograft.organ import Organ
 from tiny import generate, load, token_ids
