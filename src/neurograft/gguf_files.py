@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import re
@@ -149,15 +150,16 @@ def _dequantise(path: Path, skeleton: PreTrainedModel, layers_path: str, layer: 
 @contextmanager
 def _only(pattern: re.Pattern[str]) -> Iterator[None]:
     """Let GGUF files show only tensors whose names begin with a pattern."""
-    import gguf
-
-    class Some(gguf.GGUFReader):  # type: ignore[misc]
-        def __init__(self, *arguments: Any, **named: Any) -> None:
-            super().__init__(*arguments, **named)
-            self.tensors = [tensor for tensor in self.tensors if pattern.match(tensor.name)]
+    gguf: Any = importlib.import_module("gguf")
 
     whole = gguf.GGUFReader
-    gguf.GGUFReader = Some
+
+    def some(*arguments: Any, **named: Any) -> Any:
+        reader = whole(*arguments, **named)
+        reader.tensors = [tensor for tensor in reader.tensors if pattern.match(tensor.name)]
+        return reader
+
+    gguf.GGUFReader = some
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The way out to llama.cpp: a transplanted directory as a GGUF file holds the same numbers and gives the same logits."""
+"""The way out to llama.cpp: a transplanted directory as GGUF holds the same numbers and gives the same logits."""
 
 from __future__ import annotations
 
