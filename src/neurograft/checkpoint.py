@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -106,6 +106,14 @@ class Checkpoint:
         """Return name inside the layer -> tensor name on disk, for one layer."""
         return self._layers.get(layer, {})
 
+    def lacking(self, layer: int) -> list[str]:
+        """Return names inside a layer that its kind calls for and its files lack.
+
+        Empty also where the files hold others instead: an old checkpoint may spell them otherwise.
+        """
+        expected, found = self.study.layout(layer) or {}, self.layer_names(layer)
+        return [] if found.keys() - expected.keys() else sorted(expected.keys() - found.keys())
+
     def layer_pieces(self, layer: int) -> dict[str, Piece]:
         """Return name inside the layer -> the tensor, for one layer."""
         return {inner: self.pieces[name] for inner, name in self.layer_names(layer).items()}
@@ -139,8 +147,27 @@ def open_checkpoint(directory: ModelDirectory, *, trust_remote_code: bool = Fals
     """
     raw = read_raw_config(directory.path)
     refuse_numbered_packing(raw, directory.name)
+    files = tuple(map(read_tensor_file, _weight_files(directory)))
+    refuse_doubles(files, directory.name)
     study, tokenizer = study_all(directory, trust_remote_code=trust_remote_code)
-    return Checkpoint(directory, raw, tuple(map(read_tensor_file, _weight_files(directory))), study, tokenizer)
+    return Checkpoint(directory, raw, files, study, tokenizer)
+
+
+def refuse_doubles(files: Sequence[TensorFile], name: str) -> None:
+    """Refuse files of which two hold a tensor of the same name: programs differ in which of them they take.
+
+    Raises:
+        ModelError: Names the tensor and both files.
+    """
+    homes: dict[str, Path] = {}
+    for file in files:
+        for tensor in file.pieces:
+            if tensor in homes:
+                raise ModelError(
+                    f"the tensor {tensor} of {name} is in {homes[tensor].name} and in {file.path.name}; a tensor is in "
+                    f"one file."
+                )
+            homes[tensor] = file.path
 
 
 def refuse_numbered_packing(raw: Mapping[str, Any], name: str) -> None:
@@ -168,6 +195,8 @@ def read_index(path: Path, name: str) -> dict[str, str]:
         files = {str(tensor): shards[tensor] for tensor in shards}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(f"{path} is no shard index: {type(error).__name__}: {error}.") from error
+    if not files:
+        raise ModelError(f"the index of {name} names no tensors.")
     for file in files.values():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise ModelError(

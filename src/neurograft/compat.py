@@ -350,6 +350,8 @@ def _name_findings(organ: Organ, checkpoint: Checkpoint) -> list[Finding]:
         return []
     if organ.manifest.is_packed or checkpoint.packing:
         return _packing_findings(organ, checkpoint)
+    if incomplete := _incomplete_findings(checkpoint):
+        return incomplete
     known: dict[str, tuple[int, ...]] = {}
     for layer in range(checkpoint.layer_count):
         known.update(
@@ -367,6 +369,16 @@ def _name_findings(organ: Organ, checkpoint: Checkpoint) -> list[Finding]:
     others = f", as have {len(found) - 1} more of a layer's tensors" if len(found) > 1 else ""
     why = f"the tensor has another shape{others}"
     return [Finding(severity="blocks", subject=first, organ=list(found[first]), recipient=list(known[first]), why=why)]
+
+
+def _incomplete_findings(checkpoint: Checkpoint) -> list[Finding]:
+    """Find the first layer of a recipient that lacks tensors, which transformers would fill with random numbers."""
+    for layer in range(checkpoint.layer_count):
+        if lacking := checkpoint.lacking(layer):
+            others = f" and {len(lacking) - 1} more tensors" if len(lacking) > 1 else ""
+            why = f"the recipient's files lack {lacking[0]}{others} of it"
+            return [Finding(severity="blocks", subject=f"layer {layer}", why=why)]
+    return []
 
 
 def _packing_findings(organ: Organ, checkpoint: Checkpoint) -> list[Finding]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from neurograft.checkpoint import Checkpoint, open_checkpoint
-from neurograft.errors import UsageError
+from neurograft.errors import ModelError, UsageError
 from neurograft.gguf_files import dequantises_easily, gguf_layers, is_gguf
 from neurograft.hub import hub_layers
 from neurograft.manifest import (
@@ -262,6 +262,7 @@ def _canonical_tensors(checkpoint: Checkpoint, layers: range) -> Mapping[str, to
 
         loaded = load_model(checkpoint.directory)
         return {name: tensor.clone() for name, tensor in to_disk(loaded, layers).items()}
+    _refuse_wrong_shapes(checkpoint, layers)
     return LazyTensors(
         {
             f"layers.{layer - layers.start}.{inner}": piece
@@ -269,3 +270,19 @@ def _canonical_tensors(checkpoint: Checkpoint, layers: range) -> Mapping[str, to
             for inner, piece in checkpoint.layer_pieces(layer).items()
         }
     )
+
+
+def _refuse_wrong_shapes(checkpoint: Checkpoint, layers: range) -> None:
+    """Refuse layers whose tensors are not as the model's own configuration says.
+
+    Raises:
+        ModelError: Names the first such tensor.
+    """
+    for layer in layers:
+        pieces = checkpoint.layer_pieces(layer)
+        for inner, shape in (checkpoint.study.layout(layer) or {}).items():
+            if pieces[inner].shape != shape:
+                raise ModelError(
+                    f"{checkpoint.layer_names(layer)[inner]} of {checkpoint.directory.name} has the shape "
+                    f"{list(pieces[inner].shape)}, and its configuration calls for {list(shape)}."
+                )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from neurograft.byte_moves import FileRange
-from neurograft.checkpoint import INDEX_FILE, Checkpoint, read_index, refuse_numbered_packing
+from neurograft.checkpoint import INDEX_FILE, Checkpoint, read_index, refuse_doubles, refuse_numbered_packing
 from neurograft.errors import ModelError
 from neurograft.files import human_bytes, require_space
 from neurograft.models import HUB_FILES, ModelDirectory, cache_directory, read_raw_config, refuse_foreign
@@ -130,8 +130,10 @@ def hub_headers(reference: str, *, trust_remote_code: bool = False) -> Checkpoin
             files = list(pool.map(lambda shard: _remote_file(remote, directory.path / shard), shards))
         if None in files:
             return None
+        whole = tuple(file for file in files if file is not None)
+        refuse_doubles(whole, name)
         study, tokenizer = study_all(directory, trust_remote_code=trust_remote_code)
-        return Checkpoint(directory, raw, tuple(file for file in files if file is not None), study, tokenizer)
+        return Checkpoint(directory, raw, whole, study, tokenizer)
 
 
 def _remote_file(remote: _Remote, local: Path) -> TensorFile | None:

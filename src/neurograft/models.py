@@ -124,7 +124,7 @@ def read_raw_config(path: Path) -> dict[str, Any]:
     """
     try:
         raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path / 'config.json'} can't be read as JSON: {error}.") from error
     if not isinstance(raw, dict):
         raise ModelError(f"{path / 'config.json'} holds no JSON object.")
