@@ -52,7 +52,10 @@ def _name(file: Any) -> Callable[[Path], None]:
 
 
 def _text(name: str, text: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_text(text) and None
+    def act(folder: Path) -> None:
+        (folder / name).write_text(text)
+
+    return act
 
 
 def _cut(folder: Path) -> None:
