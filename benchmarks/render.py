@@ -315,12 +315,18 @@ def disk_section(result: dict[str, Any]) -> str:
     header = ["", *(f"{row['model_bytes'] / 1e9:.1f} GB" for row in rows)]
     rounds = ", ".join(f"{row['gigabytes']} GB: {len(row['ways']['cp'])}" for row in rows)
     first = ", ".join(f"{row['first']['insert']['seconds']:.0f} s" for row in rows)
+    spread = ", ".join(
+        f"`cp` of {row['gigabytes']} GB took {min(times):.1f} to {max(times):.1f} s"
+        for row in rows
+        if (times := [run["seconds"] for run in row["ways"]["cp"]])
+    )
     largest = max(found["megabytes"] for row in rows for found in row["first"].values())
     return (
         "## Transplants on disk\n\nA random bfloat16 llama of 48 layers, a file for each layer, and an organ of three "
         "of them. Each way runs with its input dropped from memory, and until `sync` returns; `cp` copies the model "
         "and the organ. Seconds (median), and in "
-        f"parentheses relative to `cp`; rounds: {rounds}. The machine was shared with other work.\n\n"
+        f"parentheses relative to `cp`; rounds: {rounds}. The machine was shared with other work: "
+        f"{spread}.{_sizes_left(rows)}\n\n"
         + table(header, seconds)
         + "\nWhat was aimed at, and what came out:\n\n"
         + table(["aim", *header[1:]], _disk_verdicts(middle, rows))
@@ -329,6 +335,12 @@ def disk_section(result: dict[str, Any]) -> str:
         + "\nThe first time that a kind of organ meets a kind of model at a place, models are built without weights, "
         f"in processes of their own with at most {largest:.0f} MB; the first insertion took {first} in all.\n"
     )
+
+
+def _sizes_left(rows: list[dict[str, Any]]) -> str:
+    """Say which of the sizes that were to be measured were not."""
+    left = [f"{size} GB" for size in (1, 4, 10) if size not in {row["gigabytes"] for row in rows}]
+    return f" Not measured with this version: {', '.join(left)}." if left else ""
 
 
 def _disk_verdicts(middle: list[dict[str, float]], rows: list[dict[str, Any]]) -> list[list[str]]:

@@ -200,7 +200,7 @@ def read_index(path: Path, name: str) -> dict[str, str]:
     for file in files.values():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise ModelError(
-                f"the index of {name} names the file {file!r}; a shard is a .safetensors file beside the index."
+                f"the index of {name} names the shard {file!r}; a shard is a .safetensors file beside the index."
             )
     return files
 
