@@ -24,7 +24,7 @@ import numpy as np
 
 from neurograft.byte_moves import Held
 from neurograft.number_formats import _from_float32
-from neurograft.tensor_files import Piece, write_tensor_file
+from neurograft.tensor_files import NewTensorFile, Piece, write_tensor_files
 from render import describe_run
 
 RESULT = Path(__file__).parent / "results" / "disk.json"
@@ -81,7 +81,8 @@ def measure(size: int, folder: Path, mergekit: Path | None, rounds: int) -> dict
     extract = [*neurograft, "extract", str(model), "--verify", "bytes", "--overwrite", "-o"]
     transplant = [*neurograft, "transplant", str(organ), str(model), "-o", str(folder / "out")]
     ways: dict[str, list[str]] = {
-        "cp": ["cp", "-r", str(model), str(folder / "out")],
+        # the bytes that an insertion writes: the model's and the organ's
+        "cp": ["sh", "-c", f"cp -r {model} {folder / 'out'} && cp {organ} {folder / 'out'}"],
         "insert, copied": [
             *(*transplant, "--mode", "insert", "--at", str(MIDDLE)),
             *("--link", "copy", "--verify", "bytes"),
@@ -194,7 +195,7 @@ def make_model(folder: Path, hidden: int, intermediate: int) -> Path:
         pieces = {
             key: piece_of(data, shape, number * 7919 + place) for place, (key, shape) in enumerate(tensors.items())
         }
-        write_tensor_file(folder / name, pieces, {"format": "pt"})
+        write_tensor_files([NewTensorFile(folder / name, pieces, {"format": "pt"})])
         weight_map.update(dict.fromkeys(tensors, name))
     index = {"metadata": {"total_size": tree_bytes(folder)}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")

@@ -382,16 +382,25 @@ def disk_section(result: dict[str, Any]) -> str:
     header = ["", *(f"{row['model_bytes'] / 1e9:.1f} GB" for row in rows)]
     rounds = ", ".join(f"{row['gigabytes']} GB: {len(row['ways']['cp'])}" for row in rows)
     first = ", ".join(f"{row['first']['insert']['seconds']:.0f} s" for row in rows)
-    largest = max(row["first"]["insert"]["megabytes"] for row in rows)
+    spread = ", ".join(
+        f"`cp` of {row['gigabytes']} GB took {min(times):.1f} to {max(times):.1f} s"
+        for row in rows
+        if (times := [run["seconds"] for run in row["ways"]["cp"]])
+    )
+    largest = max(found["megabytes"] for row in rows for found in row["first"].values())
     return (
         "## Transplants on disk\n\nA random bfloat16 llama of 48 layers, a file for each layer, and an organ of three "
-        "of them. Each way runs with its input dropped from memory, and until `sync` returns. Seconds (median), and in "
-        f"parentheses relative to `cp`; rounds: {rounds}. The machine was shared with other work.\n\n"
+        "of them. Each way runs with its input dropped from memory, and until `sync` returns; `cp` copies the model "
+        "and the organ. Seconds (median), and in "
+        f"parentheses relative to `cp`; rounds: {rounds}. The machine was shared with other work: "
+        f"{spread}.{_sizes_left(rows)}\n\n"
         + table(header, seconds)
+        + "\nWhat was aimed at, and what came out:\n\n"
+        + table(["aim", *header[1:]], _disk_verdicts(middle, rows))
         + "\nLargest resident size of a process, in MB:\n\n"
         + table(header, memory)
         + "\nThe first time that a kind of organ meets a kind of model at a place, models are built without weights, "
-        f"in a process of its own with {largest:.0f} MB; the first insertion took {first} in all.\n"
+        f"in processes of their own with at most {largest:.0f} MB; the first insertion took {first} in all.\n"
     )
 
 
@@ -426,6 +435,37 @@ def training_memory_section(result: dict[str, Any]) -> str:
         + table([*header, "seconds"], rows)
         + f"\nHeld-out perplexities with and without are equal at {equal} of {len(perplexities)} places.\n"
     )
+
+
+def _sizes_left(rows: list[dict[str, Any]]) -> str:
+    """Say which of the sizes that were to be measured were not."""
+    left = [f"{size} GB" for size in (1, 4, 10) if size not in {row["gigabytes"] for row in rows}]
+    return f" Not measured with this version: {', '.join(left)}." if left else ""
+
+
+def _disk_verdicts(middle: list[dict[str, float]], rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Return a line for each aim of transplants on disk: for each size the figure, and whether it was met."""
+    memory = []
+    for row in rows:
+        runs = [run for way, runs in row["ways"].items() if way not in ("cp", "mergekit") for run in runs]
+        memory.append(max(run["megabytes"] for run in [*runs, *row["first"].values()]))
+    aims = [
+        ("insert, copied: at most 1.25 of `cp`", "{:.2f}", [t["insert, copied"] / t["cp"] for t in middle], 1.25),
+        *(
+            (f"{name}: at most 0.15 of `cp`", "{:.2f}", [t[name] / t["cp"] for t in middle], 0.15)
+            for name in ("replace, hard links", "insert at the end, hard links")
+        ),
+        ("memory of any process: under 300 MB", "{:.0f} MB", memory, 300.0),
+    ]
+    lines = [
+        [aim, *(f"{form.format(value)}: {'met' if value <= limit else 'not met'}" for value in values)]
+        for aim, form, values, limit in aims
+    ]
+    if all("mergekit" in times for times in middle):
+        faster = [times["mergekit"] / times["insert, copied"] for times in middle]
+        cells = [f"{value:.1f}: {'met' if value >= 3 else 'not met'}" for value in faster]
+        lines.append(["insert, copied: at least 3 times as fast as mergekit", *cells])
+    return lines
 
 
 def _with_interval(value: float, interval: list[float]) -> str:

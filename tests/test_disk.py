@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -16,13 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from neurograft import remove, transplant
-from neurograft.byte_moves import FileRange, FileWriter, Held, link_file
-from neurograft.errors import ModelError, UsageError, VerificationError
+from neurograft.byte_moves import Bytes, FileRange, Held, NewFile, _Moves, link_file, write_files
+from neurograft.errors import ModelError, OrganFileError, UsageError, VerificationError
 from neurograft.files import file_sha256, tensor_digest
-from neurograft.number_formats import converted, held, load_piece
-from neurograft.organ import Organ
+from neurograft.number_formats import converted, digest_pieces, held, load_piece
+from neurograft.organ import Organ, read_manifest
 from neurograft.record import read_record
-from neurograft.tensor_files import read_tensor_file, write_tensor_file
+from neurograft.tensor_files import NewTensorFile, read_tensor_file, write_tensor_files
 from tiny import contents, load, logits, make_model, make_tokenizer
 
 Patch = pytest.MonkeyPatch
@@ -57,37 +58,65 @@ def test_files_are_those_that_safetensors_reads_and_writes(tmp_path: Path) -> No
     tensors = _some_tensors()
     save_file(tensors, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
     theirs = read_tensor_file(tmp_path / "theirs.safetensors")
-    digests = write_tensor_file(tmp_path / "ours.safetensors", theirs.pieces, theirs.metadata)
+    digests = write_tensor_files([NewTensorFile(tmp_path / "ours.safetensors", theirs.pieces, theirs.metadata)])
     assert _same(load_file(tmp_path / "ours.safetensors"), tensors)
     assert digests == {name: tensor_digest(tensor) for name, tensor in tensors.items()}
-    write_tensor_file(tmp_path / "held.safetensors", {n: held(t) for n, t in tensors.items()}, {"format": "pt"})
+    pieces = {n: held(t) for n, t in tensors.items()}
+    write_tensor_files([NewTensorFile(tmp_path / "held.safetensors", pieces, {"format": "pt"})])
     assert _same(load_file(tmp_path / "held.safetensors"), tensors)
     assert _same({name: load_piece(piece) for name, piece in theirs.pieces.items()}, tensors)
 
 
-@pytest.mark.parametrize("ways", ["kernel", "sendfile", "neither"])
-def test_every_way_to_copy_gives_the_same_bytes(ways: str, tmp_path: Path, monkeypatch: Patch) -> None:
+@pytest.mark.parametrize("shares", [True, False])
+@pytest.mark.parametrize("kernel_copies", [True, False])
+@pytest.mark.parametrize("one_digest", [True, False])
+def test_every_way_to_copy_gives_the_same_bytes(
+    shares: bool, kernel_copies: bool, one_digest: bool, tmp_path: Path, monkeypatch: Patch
+) -> None:
     def no(*_: Any) -> int:
         raise OSError(18, os.strerror(18))
 
-    if ways != "kernel":
+    if not kernel_copies:
         monkeypatch.setattr(os, "copy_file_range", no)
-    if ways == "neither":
-        monkeypatch.setattr(os, "sendfile", no)
+    monkeypatch.setattr("neurograft.byte_moves.shares_blocks", lambda *_: shares)
     monkeypatch.setattr("neurograft.byte_moves.CHUNK", 1000)
+    monkeypatch.setattr("neurograft.byte_moves._TASK", 3000)
     data = np.random.default_rng(0).bytes(12_345)
     (tmp_path / "a").write_bytes(data)
-    import hashlib
-
-    digests = [hashlib.sha256() for _ in range(4)]
     order = [(100, 5000), (5100, 45), (0, 100), (6000, 6345)]
-    with FileWriter(tmp_path / "b", 3 + sum(size for _, size in order) + 4) as writer:
-        writer.write(b"abc")
-        writer.copy([(FileRange(tmp_path / "a", *place), digest) for place, digest in zip(order, digests, strict=True)])
-        writer.copy([(Held(memoryview(b"wxyz")), hashlib.sha256())])
-    assert (tmp_path / "b").read_bytes() == b"abc" + b"".join(data[s : s + n] for s, n in order) + b"wxyz"
-    expected = [hashlib.sha256(data[s : s + n]).hexdigest() for s, n in order]
-    assert [digest.hexdigest() for digest in digests] == expected
+    sources: list[Bytes] = [*(FileRange(tmp_path / "a", *place) for place in order), Held(memoryview(b"wxyz"))]
+    whole = hashlib.sha256()
+    digests = [whole if one_digest else hashlib.sha256() for _ in sources]
+    parts = list(zip(sources, digests, strict=True))
+    counts: list[int] = []
+    files = [NewFile(tmp_path / "b", b"abc", parts), NewFile(tmp_path / "c", b"", [])]
+    write_files(files, counts.append)
+    pieces = [data[s : s + n] for s, n in order] + [b"wxyz"]
+    assert (tmp_path / "b").read_bytes() == b"abc" + b"".join(pieces) and (tmp_path / "c").read_bytes() == b""
+    assert sum(counts) == files[0].size == len((tmp_path / "b").read_bytes())
+    if one_digest:
+        assert whole.hexdigest() == hashlib.sha256(b"".join(pieces)).hexdigest()
+    else:
+        assert [digest.hexdigest() for digest in digests] == [hashlib.sha256(piece).hexdigest() for piece in pieces]
+
+
+def test_many_tensors_are_digested_by_several_threads_as_by_one(tmp_path: Path, monkeypatch: Patch) -> None:
+    generator = torch.Generator().manual_seed(2)
+    tensors = {f"t{n}": torch.randn(n + 1, 7, generator=generator) for n in range(40)}
+    tensors["t7"][0, 0] = float("nan")
+    save_file(tensors, tmp_path / "t.safetensors")
+    pieces = read_tensor_file(tmp_path / "t.safetensors").pieces
+    monkeypatch.setattr("neurograft.byte_moves._ALONE", 0)
+    monkeypatch.setattr("neurograft.byte_moves._TASK", 500)
+    assert digest_pieces(pieces) == {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+    with pytest.raises(OrganFileError, match="the tensor t7 has 1 values that are NaN"):
+        digest_pieces(pieces, finite_in="x")
+
+
+def test_a_source_that_becomes_shorter_is_noticed(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x" * 100)
+    with pytest.raises(OSError, match="became shorter"):
+        write_files([NewFile(tmp_path / "b", b"", [(FileRange(tmp_path / "a", 50, 51), hashlib.sha256())])])
 
 
 @pytest.mark.parametrize("target", [torch.float32, torch.float16, torch.bfloat16])
@@ -165,6 +194,7 @@ def test_reflinks_are_taken_where_there_are_any(
         return True
 
     monkeypatch.setattr("neurograft.byte_moves._reflink", clone)
+    monkeypatch.setattr("neurograft.byte_moves._sharing", {})
     record = transplant(organ, sharded, at=2, mode="replace", verify="written", output=tmp_path / "out")
     assert len(record.linked) >= 3
     assert all(path.stat().st_nlink == 1 for path in (tmp_path / "out").iterdir() if path.is_file())
@@ -187,19 +217,19 @@ def test_an_interruption_at_any_byte_leaves_nothing(
 ) -> None:
     monkeypatch.setattr("neurograft.byte_moves.CHUNK", 4096)
     written = 0
-    advance = FileWriter._advance
+    advance = _Moves.advance
 
     for limit in range(0, 300_000, 37_777):
         written = 0
 
-        def stop(self: FileWriter, count: int, limit: int = limit) -> None:
+        def stop(self: _Moves, count: int, limit: int = limit) -> None:
             nonlocal written
             written += count
             if written > limit:
                 raise KeyboardInterrupt
             advance(self, count)
 
-        monkeypatch.setattr(FileWriter, "_advance", stop)
+        monkeypatch.setattr(_Moves, "advance", stop)
         with pytest.raises(KeyboardInterrupt):
             transplant(organ, sharded, at=2, mode="replace", output=tmp_path / "out")
         assert [path.name for path in tmp_path.iterdir()] == ["sharded"]
@@ -229,8 +259,22 @@ def test_an_organ_that_changes_while_it_is_copied(
         {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}},
         {"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}},
         {"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "y": {"dtype": "U8", "shape": [1]}},
+        {
+            "x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+            "y": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]},
+        },
+        {"x": {"dtype": "F32", "shape": [1 << 40, 1 << 40], "data_offsets": [0, 8]}},
+        {"x": {"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]}},
+        {"x": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}},
+        {"x": {"dtype": "F32", "shape": [True, 2], "data_offsets": [0, 8]}},
+        {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 1 << 70]}},
+        {"x": {"dtype": "F32", "shape": [2], "data_offsets": ["0", "8"]}},
+        {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "__metadata__": {"format": 1}},
+        {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "__metadata__": ["pt"]},
         {"x": [1]},
+        {"x": None},
         [],
+        7,
     ],
 )
 def test_headers_that_lie_are_refused(header: Any, tmp_path: Path) -> None:
@@ -238,6 +282,27 @@ def test_headers_that_lie_are_refused(header: Any, tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
     with pytest.raises(ModelError, match="can't be read as a safetensors file"):
         read_tensor_file(tmp_path / "x.safetensors")
+
+
+_TWICE = b'{"x":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"x":{"dtype":"U8","shape":[4],"data_offsets":[4,8]}}'
+
+
+@pytest.mark.parametrize("text", [_TWICE, b"[" * 200_000, b'{"x":' * 100_000, b"\xff\xfe", b"", b"NaN"])
+def test_headers_that_are_no_headers_are_refused(text: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    with pytest.raises(ModelError, match="can't be read as a safetensors file"):
+        read_tensor_file(path)
+    with pytest.raises(OrganFileError, match="is no safetensors file"):
+        read_manifest(path)
+
+
+@pytest.mark.parametrize("length", [0, 3, 8, 9, 2**63, 2**64 - 1])
+def test_lengths_that_lie_take_no_memory(length: int, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(length.to_bytes(8, "little")[: max(length, 3)])
+    with pytest.raises(ModelError, match="can't be read as a safetensors file"):
+        read_tensor_file(path)
 
 
 _PROGRAM = """

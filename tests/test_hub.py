@@ -34,6 +34,42 @@ def _save(folder: Path, size: str) -> Path:
     return folder
 
 
+_CHECKING = """
+import json, sys
+import torch, transformers
+import neurograft
+organ, *names = sys.argv[1:]
+for name in names:
+    report = neurograft.check(organ, name)
+    print(json.dumps([report.recipient, report.matching_position, report.similarity, report.blocked]))
+"""
+
+
+def test_a_check_fetches_headers_and_samples_and_no_weights(tmp_path: Path) -> None:
+    sharded, single = _save(tmp_path / "sharded", "700kB"), _save(tmp_path / "single", "9GB")
+    extract(sharded, layers="2:4", output=tmp_path / "organ.safetensors")
+    repositories = {"site/ranges": sharded, "site/single": single, "site/plain": sharded}
+    with serve(repositories, without_ranges=frozenset({"site/plain"})) as (address, log):
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": address,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path / "hub"),
+            "HF_HUB_DISABLE_XET": "1",
+            "NEUROGRAFT_CACHE": str(tmp_path / "cache"),
+        }
+        command = [sys.executable, "-c", _CHECKING, str(tmp_path / "organ.safetensors"), *repositories]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    reports = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [report[0] for report in reports] == list(repositories)
+    assert all(report[1] == 2 and report[2] > 0.99 and report[3] is False for report in reports)
+    whole = sum(path.stat().st_size for path in sharded.glob("*.safetensors"))
+    for name in repositories:
+        sent = sum(count for file, count in log.items() if file.startswith(name) and file.endswith(".safetensors"))
+        assert (sent < whole / 2) == (name != "site/plain"), (name, sent, whole)
+
+
 def test_only_what_holds_the_wanted_layers_is_downloaded(tmp_path: Path) -> None:
     sharded, single = _save(tmp_path / "sharded", "700kB"), _save(tmp_path / "single", "9GB")
     index = json.loads((sharded / "model.safetensors.index.json").read_text())["weight_map"]

@@ -227,7 +227,7 @@ def test_a_full_disk_leaves_nothing(organ: Organ, tmp_path: Path, listing: Listi
         (tmp_path / "half").unlink()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("neurograft.byte_moves.FileWriter.copy", full)
+    monkeypatch.setattr("neurograft.byte_moves._run", full)
     with pytest.raises(Exception, match=r"the disk is full: .*organ\.safetensors"):
         organ.save(tmp_path / "organ.safetensors")
     assert listing() == []

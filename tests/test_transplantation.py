@@ -190,7 +190,7 @@ def _interrupted(*_: Any, **__: Any) -> None:
 
 @pytest.mark.parametrize(
     "where",
-    ["neurograft.byte_moves.FileWriter.copy", "neurograft.files.fsync", "neurograft.transplantation.make_record"],
+    ["neurograft.byte_moves._run", "neurograft.files.fsync", "neurograft.transplantation.make_record"],
 )
 @pytest.mark.parametrize(("failure", "error"), [(_full, NeurograftError), (_interrupted, KeyboardInterrupt)])
 def test_a_full_disk_and_ctrl_c_leave_nothing(

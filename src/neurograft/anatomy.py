@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Facts = dict[str, Any]
 
+_MOST_LAYERS = 2048  # building more, even without weights, takes minutes and memory, and no model has as many
+
 _LAYER_CLASS = re.compile(r"Layer|Block")
 # State of a running model, not of its arithmetic.
 _RUNTIME_ATTRIBUTES = frozenset({"training", "gradient_checkpointing"})
@@ -126,7 +128,12 @@ def refuse_unsupported(config: PreTrainedConfig, raw: Mapping[str, Any] | None =
         raise ModelError(f"{kind} with is_decoder=False is an encoder: its tokens see the future; {_SUPPORTED}.")
     if kind in _UNSAFE_TYPES:
         raise ModelError(f"the layers of {kind} can't be moved: {_UNSAFE_TYPES[kind]}; {_SUPPORTED}.")
-    if getattr(config, count_name(config), None) is None:
+    count = getattr(config, count_name(config), None)
+    if isinstance(count, int) and count > _MOST_LAYERS:
+        raise ModelError(
+            f"the {kind} configuration says that there are {count} layers; more than {_MOST_LAYERS} are refused."
+        )
+    if count is None:
         raise ModelError(f"the {kind} configuration has no {count_name(config)}, so its layers can't be counted.")
 
 

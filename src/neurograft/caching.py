@@ -18,7 +18,7 @@ CacheKind = Literal["gguf", "prefix", "scan", "studies", "demo"]
 class CacheEntry(BaseModel):
     """One thing that is kept."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
     kind: CacheKind
     """`gguf`: a dequantised model; `prefix`: hidden states that enter an organ; `scan`: where an interrupted scan
     stands; `studies`: what building models without weights has shown; `demo`: the demo's recipient.
@@ -32,7 +32,7 @@ class CacheEntry(BaseModel):
 class CacheReport(BaseModel):
     """What the cache holds, or held before it was cleared."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
     folder: str
     entries: list[CacheEntry]
     cleared: bool

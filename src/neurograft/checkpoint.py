@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,13 +14,15 @@ from typing import Any
 from neurograft.errors import ModelError
 from neurograft.files import combine_digests, file_sha256
 from neurograft.layer_values import Row
+from neurograft.manifest import TokenizerFingerprint
 from neurograft.models import ModelDirectory, read_raw_config
 from neurograft.number_formats import digest_pieces
-from neurograft.studies import ModelStudy, study_model
+from neurograft.studies import ModelStudy, study_all
 from neurograft.tensor_files import Piece, TensorFile, bytes_of, read_tensor_file
 
 INDEX_FILE = "model.safetensors.index.json"
-_EASY_SHARE = 0.25  # of the machine's memory
+EASY_SHARE = 0.25
+"""The share of the machine's memory that a model may take which is loaded although nobody asked for it."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,11 @@ class Checkpoint:
     raw_config: Mapping[str, Any]
     files: tuple[TensorFile, ...]
     study: ModelStudy = field(repr=False)
+    tokenizer: TokenizerFingerprint | None = None
     all_names: frozenset[str] | None = field(default=None, repr=False)
     """Names of all tensors, where only some of the files are here."""
+    _digests: dict[str, str] = field(default_factory=dict, repr=False)
+    """Tensor name -> digest, of those that were read."""
 
     @property
     def layer_count(self) -> int:
@@ -55,7 +60,7 @@ class Checkpoint:
         """Whether nobody minds that the model is loaded and run: it is here, plain, and small for the machine."""
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         here = self.packing is None and self.all_names is None
-        return here and bytes_of(self.pieces.values()) <= _EASY_SHARE * memory
+        return here and bytes_of(self.pieces.values()) <= EASY_SHARE * memory
 
     @cached_property
     def pieces(self) -> dict[str, Piece]:
@@ -101,17 +106,33 @@ class Checkpoint:
         """Return name inside the layer -> tensor name on disk, for one layer."""
         return self._layers.get(layer, {})
 
+    def lacking(self, layer: int) -> list[str]:
+        """Return names inside a layer that its kind calls for and its files lack.
+
+        Empty also where the files hold others instead: an old checkpoint may spell them otherwise.
+        """
+        expected, found = self.study.layout(layer) or {}, self.layer_names(layer)
+        return [] if found.keys() - expected.keys() else sorted(expected.keys() - found.keys())
+
     def layer_pieces(self, layer: int) -> dict[str, Piece]:
         """Return name inside the layer -> the tensor, for one layer."""
         return {inner: self.pieces[name] for inner, name in self.layer_names(layer).items()}
 
     def layer_digest(self, layer: int) -> str:
         """Return one digest over a layer's tensors: names inside the layer, dtypes, shapes and bytes."""
-        return combine_digests(digest_pieces(self.layer_pieces(layer)))
+        names = self.layer_names(layer)
+        digests = self.digests_of(names.values())
+        return combine_digests({inner: digests[name] for inner, name in names.items()})
+
+    def digests_of(self, names: Iterable[str]) -> dict[str, str]:
+        """Return tensor name -> digest for some tensors; each is read once, however often it is asked for."""
+        wanted = list(names)
+        self._digests.update(digest_pieces({name: self.pieces[name] for name in wanted if name not in self._digests}))
+        return {name: self._digests[name] for name in wanted}
 
     def digests(self) -> dict[str, str]:
         """Return tensor name -> digest, for every tensor of the model."""
-        return digest_pieces(self.pieces)
+        return self.digests_of(self.pieces)
 
     def config_digest(self) -> str:
         """Return the SHA-256 of `config.json`."""
@@ -126,8 +147,27 @@ def open_checkpoint(directory: ModelDirectory, *, trust_remote_code: bool = Fals
     """
     raw = read_raw_config(directory.path)
     refuse_numbered_packing(raw, directory.name)
-    study = study_model(directory, trust_remote_code=trust_remote_code)
-    return Checkpoint(directory, raw, tuple(map(read_tensor_file, _weight_files(directory))), study)
+    files = tuple(map(read_tensor_file, _weight_files(directory)))
+    refuse_doubles(files, directory.name)
+    study, tokenizer = study_all(directory, trust_remote_code=trust_remote_code)
+    return Checkpoint(directory, raw, files, study, tokenizer)
+
+
+def refuse_doubles(files: Sequence[TensorFile], name: str) -> None:
+    """Refuse files of which two hold a tensor of the same name: programs differ in which of them they take.
+
+    Raises:
+        ModelError: Names the tensor and both files.
+    """
+    homes: dict[str, Path] = {}
+    for file in files:
+        for tensor in file.pieces:
+            if tensor in homes:
+                raise ModelError(
+                    f"the tensor {tensor} of {name} is in {homes[tensor].name} and in {file.path.name}; a tensor is in "
+                    f"one file."
+                )
+            homes[tensor] = file.path
 
 
 def refuse_numbered_packing(raw: Mapping[str, Any], name: str) -> None:
@@ -140,15 +180,37 @@ def refuse_numbered_packing(raw: Mapping[str, Any], name: str) -> None:
         )
 
 
+def read_index(path: Path, name: str) -> dict[str, str]:
+    """Return tensor name -> file, as a model's index says.
+
+    Args:
+        path: The index.
+        name: The model's name, for messages.
+
+    Raises:
+        ModelError: It is no index, or names files that are no safetensors files of the model's own folder.
+    """
+    try:
+        shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        files = {str(tensor): shards[tensor] for tensor in shards}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ModelError(f"{path} is no shard index: {type(error).__name__}: {error}.") from error
+    if not files:
+        raise ModelError(f"the index of {name} names no tensors.")
+    for file in files.values():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ModelError(
+                f"the index of {name} names the shard {file!r}; a shard is a .safetensors file beside the index."
+            )
+    return files
+
+
 def _weight_files(directory: ModelDirectory) -> list[Path]:
     index, single = directory.path / INDEX_FILE, directory.path / "model.safetensors"
     if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ModelError(f"{index} is no shard index: {error}.") from error
+        names = sorted(set(read_index(index, directory.name).values()))
         for name in names:
-            if Path(name).name != name or not (directory.path / name).is_file():
+            if not (directory.path / name).is_file():
                 raise ModelError(f"{index} names the shard {name}, which is not there.")
         return [directory.path / name for name in names]
     if single.is_file():

@@ -23,7 +23,6 @@ from rich.console import Console
 
 from neurograft import __version__, ranks
 from neurograft.errors import NeurograftError, UsageError
-from neurograft.training.search import DECIDED_BY_COMPARE
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -220,8 +219,38 @@ def extract(
         screen.result(organ.manifest, lambda: render.manifest(organ.manifest, output.stat().st_size))
 
 
-def _with_training_options(command: Callable[..., None], *, without: Collection[str] = ()) -> Callable[..., None]:
-    """Replace `**options` by an option for each field of `TrainingOptions`, where names, defaults and help stand.
+class _WithTrainingOptions:
+    """A command whose `**options` stand for an option for each field of `TrainingOptions`: names, defaults and help.
+
+    They are read when somebody looks at the command's signature; commands that move bytes must not wait for that.
+    """
+
+    def __init__(self, command: Callable[..., None], without: Callable[[], Collection[str]] = tuple) -> None:
+        self._command = command
+        self._without = without
+        self.__name__ = command.__name__
+        self.__doc__ = command.__doc__
+
+    def __call__(self, **arguments: Any) -> None:
+        self._command(**arguments)
+
+    @property
+    def __signature__(self) -> introspection.Signature:
+        return _signature_with_options(self._command, self._without())
+
+    @property
+    def __annotations__(self) -> dict[str, Any]:  # type: ignore[override]
+        return {name: parameter.annotation for name, parameter in self.__signature__.parameters.items()}
+
+
+def _decided_by_compare() -> Collection[str]:
+    from neurograft.training.search import DECIDED_BY_COMPARE
+
+    return DECIDED_BY_COMPARE
+
+
+def _signature_with_options(command: Callable[..., None], without: Collection[str]) -> introspection.Signature:
+    """Return a command's signature with `**options` replaced.
 
     Args:
         command: The command.
@@ -249,13 +278,11 @@ def _with_training_options(command: Callable[..., None], *, without: Collection[
                 annotation=Annotated[optional, option],
             )
         )
-    command.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
-    return command
+    return own.replace(parameters=parameters)
 
 
 @app.command()
-@_with_training_options
+@_WithTrainingOptions
 def train(
     organ: OrganFile,
     host: Annotated[str, typer.Option("--host", metavar="MODEL", help="The frozen model around the organ.")],
@@ -320,7 +347,7 @@ def _training_display(screen: _Screen) -> Iterator[Callable[[Any], None]]:
 
 
 @app.command()
-@partial(_with_training_options, without=DECIDED_BY_COMPARE)
+@partial(_WithTrainingOptions, without=_decided_by_compare)
 def compare(
     model: Annotated[str, typer.Option("--model", metavar="MODEL", help="The model that is adapted.")],
     data: Annotated[
@@ -645,7 +672,7 @@ def scan(
 
 
 @app.command()
-@partial(_with_training_options, without=("protocol", "at", "rank", "host_precision", "offload"))
+@partial(_WithTrainingOptions, without=lambda: ("protocol", "at", "rank", "host_precision", "offload"))
 def recover(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="A model directory that transplant wrote.")],
     data: Annotated[
@@ -831,11 +858,19 @@ def _terminate(_signal: int, _frame: Any) -> None:
 def main() -> None:
     """Run the command line; a polite end (SIGTERM) cleans up as Ctrl-C does."""
     signal.signal(signal.SIGTERM, _terminate)
+    _keep_only(next((argument for argument in sys.argv[1:] if not argument.startswith("-")), ""))
     ranks.silence_all_but_first()
     try:
         app()
     finally:
         _leave_group()
+
+
+def _keep_only(verb: str) -> None:
+    """Forget the other commands if this is one: reading all their options takes as long as many a command."""
+    chosen = [command for command in app.registered_commands if command.callback.__name__ == verb]  # type: ignore[union-attr]
+    if chosen:
+        app.registered_commands = chosen
 
 
 def _leave_group() -> None:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from neurograft.anatomy import build_skeleton
 from neurograft.checkpoint import Checkpoint, open_checkpoint
 from neurograft.errors import IncompatibleError, NeurograftError, OrganFileError
 from neurograft.findings import Finding, Severity
+from neurograft.hub import RemoteRange, hub_headers
 from neurograft.layer_values import count_name, read_rows
 from neurograft.layer_weights import to_disk, verify_names
 from neurograft.manifest import Manifest, Mode, TokenizerFingerprint
-from neurograft.models import resolve
+from neurograft.models import is_hub_id, resolve
 from neurograft.number_formats import first_rows
 from neurograft.organ import Organ, config_to_json, open_organ, pieces_dtype
 from neurograft.planning import plan_graft
@@ -27,6 +28,7 @@ from neurograft.studies import Layout, study_graft, studying
 from neurograft.tensor_files import Piece, same_kinds, torch_name
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedConfig, PreTrainedModel
 
 # Values that say nothing about what a layer computes.
@@ -70,15 +72,25 @@ _REASONS = (
     (re.compile(r"intermediate|n_inner|ffn"), "the feed-forward matrices have another shape"),
 )
 _ALIGNED = 0.5
-_SAMPLED_ROWS = 64
-_SAMPLED_TENSORS = 12
-_SAMPLED_VALUES = 1 << 17
+
+
+@dataclass(frozen=True)
+class _Sampling:
+    """How much of a layer is read to compare it with others."""
+
+    tensors: int
+    rows: int
+    values: int
+
+
+_NEAR = _Sampling(tensors=12, rows=64, values=1 << 17)
+_FAR = _Sampling(tensors=3, rows=16, values=1 << 14)  # each tensor is a request to a server
 
 
 class CheckReport(BaseModel):
     """Every finding about one organ and one recipient."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
     organ: str
     recipient: str
     position: int
@@ -120,10 +132,19 @@ def check(
         ModelError: The recipient can't be read or cut into layers.
     """
     organ = organ if isinstance(organ, Organ) else open_organ(organ)
-    directory = resolve(recipient, trust_remote_code=trust_remote_code)
     with studying():
-        checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
+        checkpoint = _open(recipient, trust_remote_code)
         return check_checkpoint(organ, checkpoint, at=at, mode=mode, trust_remote_code=trust_remote_code)[0]
+
+
+def _open(recipient: str | Path, trust_remote_code: bool) -> Checkpoint:
+    """Open a recipient to look at; one on the Hub is fetched as far as it is looked at, where the server can."""
+    if is_hub_id(recipient):
+        opened = hub_headers(str(recipient), trust_remote_code=trust_remote_code)
+        if opened is not None:
+            return opened
+    directory = resolve(recipient, trust_remote_code=trust_remote_code)
+    return open_checkpoint(directory, trust_remote_code=trust_remote_code)
 
 
 def check_checkpoint(
@@ -132,14 +153,24 @@ def check_checkpoint(
     *,
     at: int | None,
     mode: Mode | None,
+    look_for_match: bool = True,
     trust_remote_code: bool = False,
 ) -> tuple[CheckReport, str | None]:
     """Do what `check` does, on a recipient that is open already.
 
+    Args:
+        organ: See `check`.
+        checkpoint: The recipient.
+        at: See `check`.
+        mode: See `check`.
+        look_for_match: Whether to compare weights, which are read for it, although the position is given.
+        trust_remote_code: See `check`.
+
     Returns:
         The report, and the `config.json` of the result if nothing blocks.
     """
-    alignment = align(organ, checkpoint)
+    compared = at is None or look_for_match
+    alignment = align(organ, checkpoint) if compared else None
     if at is None and alignment is not None:
         at = alignment.position
     position, chosen = recommended_place(organ.manifest, at=at, mode=mode)
@@ -151,8 +182,8 @@ def check_checkpoint(
     findings = [
         *study.findings,
         *_name_findings(organ, checkpoint),
-        *_tokenizer_findings(organ.manifest.tokenizer, checkpoint.study.tokenizer),
-        *_alignment_findings(organ, alignment, position, chosen),
+        *_tokenizer_findings(organ.manifest.tokenizer, checkpoint.tokenizer),
+        *(_alignment_findings(organ, alignment, position, chosen) if compared else ()),
         *_manifest_findings(organ.manifest),
         *_dtype_findings(organ),
         *(Finding(severity="notes", subject="recipient", why=note) for note in checkpoint.directory.notes),
@@ -319,6 +350,8 @@ def _name_findings(organ: Organ, checkpoint: Checkpoint) -> list[Finding]:
         return []
     if organ.manifest.is_packed or checkpoint.packing:
         return _packing_findings(organ, checkpoint)
+    if incomplete := _incomplete_findings(checkpoint):
+        return incomplete
     known: dict[str, tuple[int, ...]] = {}
     for layer in range(checkpoint.layer_count):
         known.update(
@@ -336,6 +369,16 @@ def _name_findings(organ: Organ, checkpoint: Checkpoint) -> list[Finding]:
     others = f", as have {len(found) - 1} more of a layer's tensors" if len(found) > 1 else ""
     why = f"the tensor has another shape{others}"
     return [Finding(severity="blocks", subject=first, organ=list(found[first]), recipient=list(known[first]), why=why)]
+
+
+def _incomplete_findings(checkpoint: Checkpoint) -> list[Finding]:
+    """Find the first layer of a recipient that lacks tensors, which transformers would fill with random numbers."""
+    for layer in range(checkpoint.layer_count):
+        if lacking := checkpoint.lacking(layer):
+            others = f" and {len(lacking) - 1} more tensors" if len(lacking) > 1 else ""
+            why = f"the recipient's files lack {lacking[0]}{others} of it"
+            return [Finding(severity="blocks", subject=f"layer {layer}", why=why)]
+    return []
 
 
 def _packing_findings(organ: Organ, checkpoint: Checkpoint) -> list[Finding]:
@@ -432,10 +475,17 @@ def align(organ: Organ, checkpoint: Checkpoint) -> Alignment | None:
     """
     if organ.manifest.anatomy.model_type != checkpoint.study.model_type or organ.layer_count > checkpoint.layer_count:
         return None
-    ours = [_sample(organ.layer_pieces(index)) for index in range(organ.layer_count)]
+    import numpy as np
+
+    far = any(isinstance(piece.source, RemoteRange) for piece in checkpoint.pieces.values())
+    sampling = _FAR if far else _NEAR
+    ours = [_sample(organ.layer_pieces(index), sampling) for index in range(organ.layer_count)]
+    with ThreadPoolExecutor(8) as readers:
+        samples = readers.map(
+            lambda layer: _sample(checkpoint.layer_pieces(layer), sampling), range(checkpoint.layer_count)
+        )
     scores = np.zeros((organ.layer_count, checkpoint.layer_count))  # (k, L)
-    for layer in range(checkpoint.layer_count):
-        theirs = _sample(checkpoint.layer_pieces(layer))
+    for layer, theirs in enumerate(samples):
         scores[:, layer] = [_similarity(own, theirs) for own in ours]
     starts = checkpoint.layer_count - organ.layer_count + 1
     means = np.array([scores[:, start : start + organ.layer_count].diagonal().mean() for start in range(starts)])
@@ -449,15 +499,17 @@ def align(organ: Organ, checkpoint: Checkpoint) -> Alignment | None:
     return Alignment(position, best, float(means[best]), runner_up)
 
 
-def _sample(layer: Mapping[str, Piece]) -> dict[str, np.ndarray[Any, Any]]:
+def _sample(layer: Mapping[str, Piece], sampling: _Sampling) -> dict[str, np.ndarray[Any, Any]]:
     """Read the first rows of some of a layer's matrices, as float32, flat."""
     matrices = sorted(name for name, piece in layer.items() if len(piece.shape) >= 2 and piece.is_float)
-    step = max(1, len(matrices) // _SAMPLED_TENSORS)
-    return {name: first_rows(layer[name], _SAMPLED_ROWS, _SAMPLED_VALUES) for name in matrices[::step]}
+    step = max(1, len(matrices) // sampling.tensors)
+    return {name: first_rows(layer[name], sampling.rows, sampling.values) for name in matrices[::step]}
 
 
 def _similarity(ours: Mapping[str, np.ndarray[Any, Any]], theirs: Mapping[str, np.ndarray[Any, Any]]) -> float:
     """Return the median over matrices of the cosine similarity of their first rows."""
+    import numpy as np
+
     cosines = [
         float(ours[name] @ sample / max(np.linalg.norm(ours[name]) * np.linalg.norm(sample), 1e-12))
         for name, sample in theirs.items()

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from neurograft.checkpoint import Checkpoint, open_checkpoint
-from neurograft.errors import UsageError
+from neurograft.errors import ModelError, UsageError
+from neurograft.gguf_files import dequantises_easily, gguf_layers, is_gguf
 from neurograft.hub import hub_layers
 from neurograft.manifest import (
     UNSEALED,
@@ -20,7 +21,6 @@ from neurograft.manifest import (
     Source,
 )
 from neurograft.models import (
-    ModelDirectory,
     is_hub_id,
     load_model,
     resolve,
@@ -36,6 +36,7 @@ from neurograft.organ import (
     pieces_dtype,
     pieces_of,
 )
+from neurograft.streaming import loaded_to_ask
 from neurograft.studies import studying
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def extract(
         license: SPDX identifier or name of its licence.
         description: One line about it.
         verify: `bytes`: the layers are copied as bytes; `layers`: they are also run, and their answers to the probe
-            questions put into the manifest, for which transformers loads the model; `auto`: `layers` where the
+            questions put into the manifest, for which transformers runs the model; `auto`: `layers` where the
             weights are plain, all here, and take at most a quarter of this machine's memory, else `bytes`.
         overwrite: Whether an existing file may be replaced.
         trust_remote_code: See `neurograft.models.resolve`.
@@ -115,11 +116,14 @@ def extract(
         check_organ_output(Path(output), overwrite=overwrite, inputs=[Path(model)])
     with (
         studying(),
-        _opened(model, layers, whole=verify == "layers", trust_remote_code=trust_remote_code) as (checkpoint, chosen),
+        _opened(model, layers, whole=_wants_whole(model, verify), trust_remote_code=trust_remote_code) as (
+            checkpoint,
+            chosen,
+        ),
     ):
         directory = checkpoint.directory
         asked = verify == "layers" or (verify == "auto" and checkpoint.runs_easily)
-        answers, dtype = _ask(directory, trust_remote_code) if asked else (None, "")
+        answers, dtype = _ask(checkpoint, trust_remote_code) if asked else (None, "")
         organ = organ_from_checkpoint(
             checkpoint,
             chosen,
@@ -136,31 +140,44 @@ def extract(
         return Organ(organ.manifest, {name: organ.tensors[name] for name in organ.tensors})
 
 
+def _wants_whole(model: str | Path, verify: str) -> bool:
+    """Whether layers are to be run, for which a model is needed whole."""
+    return verify == "layers" or (verify == "auto" and is_gguf(Path(model)) and dequantises_easily(Path(model)))
+
+
 @contextmanager
 def _opened(
     model: str | Path, layers: str | range | tuple[int, int], *, whole: bool, trust_remote_code: bool
 ) -> Iterator[tuple[Checkpoint, range]]:
-    """Open a model to take layers out of it; of one on the Hub, only these layers unless `whole`."""
+    """Open a model to take layers out of it; of one on the Hub or in a GGUF file, only these layers unless `whole`."""
     if is_hub_id(model) and not whole:
         with hub_layers(
             str(model), lambda count: parse_layers(layers, count), trust_remote_code=trust_remote_code
         ) as opened:
             yield opened
         return
+    path = Path(model)
+    if is_gguf(path) and not whole:
+        with gguf_layers(path, lambda count: parse_layers(layers, count)) as found:
+            if found is not None:
+                yield found
+                return
     directory = resolve(model, trust_remote_code=trust_remote_code)
     checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
     yield checkpoint, parse_layers(layers, checkpoint.layer_count)
 
 
-def _ask(directory: ModelDirectory, trust_remote_code: bool) -> tuple[torch.Tensor, str]:
+def _ask(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[torch.Tensor, str]:
     """Return a causal model's answers to the probe, (L, T, S), and the dtype they were computed in."""
     from neurograft import probe
     from neurograft.anatomy import describe
 
+    directory = checkpoint.directory
+    whole = checkpoint.runs_easily or checkpoint.packing is not None
     log.info("loading %s to ask its layers the probe questions", directory.name)
-    loaded = load_model(directory, trust_remote_code=trust_remote_code)
-    probe.refuse_future_leak(loaded, directory.name)
-    return probe.probe_layers(loaded, describe(loaded).layers_path), str(loaded.dtype).removeprefix("torch.")
+    with loaded_to_ask(directory, whole=whole, trust_remote_code=trust_remote_code) as (loaded, _):
+        probe.refuse_future_leak(loaded, directory.name)
+        return probe.probe_layers(loaded, describe(loaded).layers_path), str(loaded.dtype).removeprefix("torch.")
 
 
 def organ_from_checkpoint(
@@ -204,7 +221,7 @@ def organ_from_checkpoint(
             layer_values=[checkpoint.rows[layer] for layer in layers],
             dtype=pieces_dtype(pieces_of(tensors)),
         ),
-        tokenizer=study.tokenizer,
+        tokenizer=checkpoint.tokenizer,
         source=Source(
             model=checkpoint.directory.name,
             revision=checkpoint.directory.revision,
@@ -245,6 +262,7 @@ def _canonical_tensors(checkpoint: Checkpoint, layers: range) -> Mapping[str, to
 
         loaded = load_model(checkpoint.directory)
         return {name: tensor.clone() for name, tensor in to_disk(loaded, layers).items()}
+    _refuse_wrong_shapes(checkpoint, layers)
     return LazyTensors(
         {
             f"layers.{layer - layers.start}.{inner}": piece
@@ -252,3 +270,19 @@ def _canonical_tensors(checkpoint: Checkpoint, layers: range) -> Mapping[str, to
             for inner, piece in checkpoint.layer_pieces(layer).items()
         }
     )
+
+
+def _refuse_wrong_shapes(checkpoint: Checkpoint, layers: range) -> None:
+    """Refuse layers whose tensors are not as the model's own configuration says.
+
+    Raises:
+        ModelError: Names the first such tensor.
+    """
+    for layer in layers:
+        pieces = checkpoint.layer_pieces(layer)
+        for inner, shape in (checkpoint.study.layout(layer) or {}).items():
+            if pieces[inner].shape != shape:
+                raise ModelError(
+                    f"{checkpoint.layer_names(layer)[inner]} of {checkpoint.directory.name} has the shape "
+                    f"{list(pieces[inner].shape)}, and its configuration calls for {list(shape)}."
+                )

@@ -12,7 +12,7 @@ Severity = Literal["blocks", "risks", "notes"]
 class Finding(BaseModel):
     """One thing that was noticed."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
     severity: Severity
     """`blocks`: it must not be done; `risks`: it may go wrong; `notes`: good to know."""
     subject: str

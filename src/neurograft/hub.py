@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from neurograft.byte_moves import FileRange
-from neurograft.checkpoint import INDEX_FILE, Checkpoint, refuse_numbered_packing
+from neurograft.checkpoint import INDEX_FILE, Checkpoint, read_index, refuse_doubles, refuse_numbered_packing
 from neurograft.errors import ModelError
 from neurograft.files import human_bytes, require_space
 from neurograft.models import HUB_FILES, ModelDirectory, cache_directory, read_raw_config, refuse_foreign
-from neurograft.studies import ModelStudy, study_model
-from neurograft.tensor_files import MAX_HEADER_BYTES, Piece, TensorFile, read_tensor_file
+from neurograft.studies import ModelStudy, study_all
+from neurograft.tensor_files import MAX_HEADER_BYTES, Piece, TensorFile, bytes_of, read_header, read_tensor_file
 
 log = logging.getLogger("neurograft")
 
 _FIRST_BYTES = 1 << 17
+_CONNECTIONS = 8
 _GAP = 1 << 20  # ranges that are closer than this are asked for in one request
 _SINGLE_FILE = "model.safetensors"
 
@@ -66,6 +67,94 @@ class _Remote:
         return Path(hf_hub_download(self.name, file, revision=self.commit))
 
 
+@dataclass(frozen=True)
+class RemoteRange:
+    """A range of a file on the Hub, fetched when it is read."""
+
+    remote: _Remote
+    file: str
+    start: int
+    size: int
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Fetch the range in pieces.
+
+        Raises:
+            ModelError: The Hub gave less.
+        """
+        got = 0
+        for piece in self.remote.read(self.file, self.start, self.start + self.size) or ():
+            got += len(piece)
+            yield memoryview(piece)
+        if got != self.size:
+            raise ModelError(f"the Hub gave {got} of the {self.size} bytes asked of {self.file}.")
+
+    def beginning(self, size: int) -> RemoteRange:
+        """Return the first bytes of the range."""
+        return replace(self, size=min(size, self.size))
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn what the Hub's client raises into one sentence."""
+    try:
+        yield
+    except OSError as error:  # the Hub's own errors are among these
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(f"the Hub did not give {name}: {reason}") from error
+
+
+def hub_headers(reference: str, *, trust_remote_code: bool = False) -> Checkpoint | None:
+    """Open a model on the Hub of which nothing is here but the small files and the headers of the others.
+
+    Args:
+        reference: `org/name` or `org/name@revision`.
+        trust_remote_code: See `neurograft.models.resolve`.
+
+    Returns:
+        A checkpoint whose tensors are fetched as far as they are read; `None` if the server gives whole files only.
+
+    Raises:
+        ModelError: The Hub does not give the model, or it is none that can be cut into layers.
+    """
+    name, _, revision = reference.partition("@")
+    with _explained(name):
+        directory = _small_files(name, revision or None)
+        refuse_foreign(directory.path, trust_remote_code=trust_remote_code)
+        raw = read_raw_config(directory.path)
+        refuse_numbered_packing(raw, directory.name)
+        remote = _Remote(name, str(directory.revision))
+        shards = sorted(set(_weight_map(remote, directory.path).values())) or [_SINGLE_FILE]
+        log.info("reading the headers of %d files of %s", len(shards), name)
+        with ThreadPoolExecutor(_CONNECTIONS) as pool:
+            files = list(pool.map(lambda shard: _remote_file(remote, directory.path / shard), shards))
+        if None in files:
+            return None
+        whole = tuple(file for file in files if file is not None)
+        refuse_doubles(whole, name)
+        study, tokenizer = study_all(directory, trust_remote_code=trust_remote_code)
+        return Checkpoint(directory, raw, whole, study, tokenizer)
+
+
+def _remote_file(remote: _Remote, local: Path) -> TensorFile | None:
+    """Return a file that is known from its header; `None` if the server gives whole files only."""
+    if local.is_file():
+        return read_tensor_file(local)
+    front = _fetch_front(remote, local.name)
+    if front is None:
+        return None
+    pieces, metadata = read_header(front[8:], local, len(front))
+    places = {name: piece.source.start for name, piece in pieces.items() if isinstance(piece.source, FileRange)}
+    return TensorFile(
+        local,
+        {
+            name: replace(piece, source=RemoteRange(remote, local.name, places[name], piece.source.size))
+            for name, piece in pieces.items()
+        },
+        metadata,
+    )
+
+
 @contextmanager
 def hub_layers(
     reference: str, choose: Callable[[int], range], *, trust_remote_code: bool = False
@@ -81,20 +170,17 @@ def hub_layers(
         ModelError: The Hub does not give the model, or it is none that can be cut into layers.
     """
     name, _, revision = reference.partition("@")
-    try:
+    with _explained(name):
         directory = _small_files(name, revision or None)
         refuse_foreign(directory.path, trust_remote_code=trust_remote_code)
         raw = read_raw_config(directory.path)
         refuse_numbered_packing(raw, directory.name)
-        study = study_model(directory, trust_remote_code=trust_remote_code)
+        study, tokenizer = study_all(directory, trust_remote_code=trust_remote_code)
         chosen = choose(study.layer_count)
         cache_directory().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="hub-", dir=cache_directory()) as folder:
             files, names = _fetch(_Remote(name, str(directory.revision)), directory.path, study, chosen, Path(folder))
-            yield Checkpoint(directory, raw, files, study, names), chosen
-    except OSError as error:  # the Hub's own errors are among these
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(f"the Hub did not give {name}: {reason}") from error
+            yield Checkpoint(directory, raw, files, study, tokenizer, names), chosen
 
 
 def _small_files(name: str, revision: str | None) -> ModelDirectory:
@@ -117,16 +203,41 @@ def _fetch(
     leaf = re.escape(study.layers_path.rpartition(".")[2])
     numbers = "|".join(map(str, layers))
     wanted = re.compile(rf"^(.*?\.)?{leaf}\.({numbers})\.")
-    index = snapshot / INDEX_FILE
-    weight_map: Mapping[str, str] = {}
-    if index.is_file():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    weight_map = _weight_map(remote, snapshot)
     shards = sorted({file for name, file in weight_map.items() if wanted.match(name)}) or [_SINGLE_FILE]
-    if any(Path(shard).name != shard for shard in shards):
-        raise ModelError(f"the index of {remote.name} names files outside the model.")
     fetched = [_fetch_file(remote, snapshot / shard, wanted, folder) for shard in shards]
     names = frozenset(weight_map).union(*(known for _, known in fetched))
     return tuple(file for file, _ in fetched), names
+
+
+def _weight_map(remote: _Remote, snapshot: Path) -> Mapping[str, str]:
+    """Return tensor name -> file, as the model's index says; empty if there is none.
+
+    Raises:
+        ModelError: It is no index, or names files outside the model.
+    """
+    index = snapshot / INDEX_FILE
+    return read_index(index, remote.name) if index.is_file() else {}
+
+
+def _fetch_front(remote: _Remote, name: str) -> bytes | None:
+    """Fetch a file's header with its length in front; `None` if the server gives whole files only.
+
+    Raises:
+        ModelError: It is no safetensors file.
+    """
+    first = remote.read(name, 0, _FIRST_BYTES)
+    if first is None:
+        return None
+    start = b"".join(first)
+    length = 8 + int.from_bytes(start[:8], "little")
+    if length > MAX_HEADER_BYTES:
+        raise ModelError(f"{name} of {remote.name} is no safetensors file: its header would have {length} bytes.")
+    if length > len(start):
+        start += b"".join(remote.read(name, len(start), length) or ())
+    if length > len(start):
+        raise ModelError(f"the Hub gave {len(start)} bytes of the header of {name}, which has {length}.")
+    return start[:length]
 
 
 def _fetch_file(
@@ -139,21 +250,15 @@ def _fetch_file(
     """
     if local.is_file():
         return _whole(local)
-    first = remote.read(local.name, 0, _FIRST_BYTES)
-    if first is None:
+    front = _fetch_front(remote, local.name)
+    if front is None:
         log.info("downloading %s", local.name)
         return _whole(remote.download(local.name))
-    start = b"".join(first)
-    length = 8 + int.from_bytes(start[:8], "little")
-    if length > MAX_HEADER_BYTES:
-        raise ModelError(f"{local.name} of {remote.name} is no safetensors file: its header would have {length} bytes.")
-    if length > len(start):
-        start += b"".join(remote.read(local.name, len(start), length) or ())
     path = folder / local.name
-    _write_at(path, 0, iter([start[:length]]))
-    ends = [entry["data_offsets"][1] for key, entry in json.loads(start[8:length]).items() if key != "__metadata__"]
+    _write_at(path, 0, iter([front]))
+    pieces, _ = read_header(front[8:], local, len(front))
     with path.open("r+b") as stream:
-        stream.truncate(length + max(ends, default=0))
+        stream.truncate(len(front) + bytes_of(pieces.values()))
     file = read_tensor_file(path)
     kept = {name: piece for name, piece in file.pieces.items() if wanted.match(name)}
     ranges = _ranges(kept)

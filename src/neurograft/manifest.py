@@ -28,7 +28,7 @@ ExplantPath = Annotated[str, Field(pattern=r"^explants/[A-Za-z0-9][A-Za-z0-9._-]
 class _Part(BaseModel):
     """Immutable; a key that the schema does not know is an error, so that a typo can't pass."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
 
 class LayerAnatomy(_Part):

@@ -19,6 +19,7 @@ from neurograft.manifest import RECORD_FILE, LinkedFile
 from neurograft.number_formats import digest_pieces
 from neurograft.steps import Step
 from neurograft.tensor_files import (
+    NewTensorFile,
     Piece,
     TensorFile,
     bytes_of,
@@ -26,7 +27,7 @@ from neurograft.tensor_files import (
     in_file_order,
     read_tensor_file,
     same_kinds,
-    write_tensor_file,
+    write_tensor_files,
 )
 
 log = logging.getLogger("neurograft")
@@ -168,17 +169,29 @@ def write_model(
     _copy_other_files(checkpoint.directory.path, target)
     written = Written()
     show = _progress(target.name.split(".")[1] or target.name, total)
-    for file in files:
-        path = target / file.name
-        if file.same_as is not None and link_file(file.same_as.path.resolve(), path, link):
-            written.digests.update(digest_pieces(file.pieces) if read_linked else dict.fromkeys(file.pieces))
-            if not read_linked:
-                written.linked[file.name] = seal_of(path)
-        else:
-            written.digests.update(write_tensor_file(path, file.pieces, file.metadata, progress=show))
+    linked, copied = _linked_and_not(files, target, link)
+    if read_linked:
+        written.digests.update(digest_pieces({name: piece for file in linked for name, piece in file.pieces.items()}))
+    else:
+        written.digests.update(dict.fromkeys(name for file in linked for name in file.pieces))
+        written.linked.update({file.name: seal_of(target / file.name) for file in linked})
+    new = [NewTensorFile(target / file.name, file.pieces, file.metadata) for file in copied]
+    written.digests.update(write_tensor_files(new, progress=show))
     _write_index(files, target)
     _verify_files(files, target)
     return written
+
+
+def _linked_and_not(
+    files: Sequence[PlannedFile], target: Path, link: Link
+) -> tuple[list[PlannedFile], list[PlannedFile]]:
+    """Link the files that can be linked, and return them and the others."""
+    linked: list[PlannedFile] = []
+    others: list[PlannedFile] = []
+    for file in files:
+        done = file.same_as is not None and link_file(file.same_as.path.resolve(), target / file.name, link)
+        (linked if done else others).append(file)
+    return linked, others
 
 
 def seal_of(path: Path) -> LinkedFile:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,7 +124,7 @@ def read_raw_config(path: Path) -> dict[str, Any]:
     """
     try:
         raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path / 'config.json'} can't be read as JSON: {error}.") from error
     if not isinstance(raw, dict):
         raise ModelError(f"{path / 'config.json'} holds no JSON object.")
@@ -270,11 +271,16 @@ def load_model(
 
 
 def load_model_and_unused(
-    reference: str | Path | ModelDirectory, *, dtype: Any = "auto", trust_remote_code: bool = False
+    reference: str | Path | ModelDirectory,
+    *,
+    dtype: Any = "auto",
+    trust_remote_code: bool = False,
+    placement: Mapping[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, set[str]]:
     """Do what `load_model` does, and return also the kinds of tensors in the files that the model has no place for.
 
     A kind is a tensor name with its numbers replaced by `*`. Old checkpoints carry some that do no harm.
+    `placement` goes to transformers' `from_pretrained`: where parts of the model are kept; see `neurograft.streaming`.
     """
     from transformers import AutoModelForCausalLM
 
@@ -292,6 +298,7 @@ def load_model_and_unused(
                 use_safetensors=True,
                 output_loading_info=True,
                 trust_remote_code=trust_remote_code,
+                **(placement or {}),
             )
             model, report = loaded
     except Exception as error:

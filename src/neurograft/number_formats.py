@@ -4,33 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from neurograft.byte_moves import Bytes, FileRange, Held
+from neurograft.byte_moves import Bytes, Cuttable, Held, at_once
 from neurograft.errors import OrganFileError
 from neurograft.tensor_files import FLOATS, Piece, torch_name
 
+# numpy is imported where it is used: a tenth of a second counts where a transplant takes half of one.
+if TYPE_CHECKING:
+    import numpy as np
+
 # dtype -> the unsigned integer of its width, and the bits of its exponent, all set in NaN and infinity
-_EXPONENTS: dict[str, tuple[Any, int]] = {
-    "F64": (np.uint64, 0x7FF0_0000_0000_0000),
-    "F32": (np.uint32, 0x7F80_0000),
-    "F16": (np.uint16, 0x7C00),
-    "BF16": (np.uint16, 0x7F80),
+_EXPONENTS = {
+    "F64": ("uint64", 0x7FF0_0000_0000_0000),
+    "F32": ("uint32", 0x7F80_0000),
+    "F16": ("uint16", 0x7C00),
+    "BF16": ("uint16", 0x7F80),
 }
-_NUMPY: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
+_NUMPY = {"F64": "float64", "F32": "float32", "F16": "float16"}
 
 
 def count_wild_values(chunk: memoryview, dtype: str) -> int:
     """Return how many values of a plain floating-point dtype are NaN or infinite."""
-    integer, exponent = _EXPONENTS[dtype]
-    values = np.frombuffer(chunk, integer)
-    return int(np.count_nonzero((values & integer(exponent)) == integer(exponent)))
+    import numpy as np
+
+    integer, bits = _EXPONENTS[dtype]
+    values, exponent = np.frombuffer(chunk, integer), np.dtype(integer).type(bits)
+    return int(np.count_nonzero((values & exponent) == exponent))
 
 
 def to_float32(chunk: memoryview | bytes, dtype: str) -> np.ndarray[Any, Any]:
     """Return the values of a chunk as float32."""
+    import numpy as np
+
     if dtype == "BF16":
         return (np.frombuffer(chunk, np.uint16).astype(np.uint32) << 16).view(np.float32)
     return np.frombuffer(chunk, _NUMPY[dtype]).astype(np.float32)
@@ -38,6 +44,8 @@ def to_float32(chunk: memoryview | bytes, dtype: str) -> np.ndarray[Any, Any]:
 
 def _from_float32(values: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
     """Round float32 values to a dtype, ties to even, as torch does."""
+    import numpy as np
+
     if dtype == "BF16":
         bits = values.view(np.uint32)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
@@ -91,10 +99,13 @@ def first_rows(piece: Piece, rows: int, values: int) -> np.ndarray[Any, Any]:
     """Return the first rows of a matrix of plain numbers, at most so many numbers, flat, as float32."""
     row = piece.source.size // max(piece.shape[0], 1)
     wanted = min(rows * row, values * FLOATS[piece.dtype], piece.source.size)
-    if isinstance(piece.source, FileRange):  # read no more than is needed
-        piece = Piece(piece.dtype, piece.shape, FileRange(piece.source.path, piece.source.start, wanted))
-    chunk = next(iter(piece.source.chunks()), memoryview(b""))
-    return to_float32(chunk[:wanted], piece.dtype).copy()
+    source = piece.source.beginning(wanted) if isinstance(piece.source, Cuttable) else piece.source
+    data = bytearray()
+    for chunk in source.chunks():
+        data += chunk
+        if len(data) >= wanted:
+            break
+    return to_float32(memoryview(data)[:wanted], piece.dtype)
 
 
 def load_piece(piece: Piece) -> Any:
@@ -120,14 +131,21 @@ def digest_pieces(pieces: Mapping[str, Piece], *, finite_in: str | None = None) 
     Raises:
         OrganFileError: Names the first such tensor and how many of its values are not finite.
     """
-    digests = {}
-    for name, piece in pieces.items():
-        digest, wild = piece.digest_start(), 0
-        for chunk in piece.source.chunks():
-            digest.update(chunk)
-            if finite_in is not None and piece.is_float:
-                wild += count_wild_values(chunk, piece.dtype)
+    found = at_once(
+        lambda piece: _digest(piece, finite_in is not None),
+        [(piece, piece.source.size) for piece in pieces.values()],
+    )
+    for name, (_, wild) in zip(pieces, found, strict=True):
         if wild:
             raise OrganFileError(f"{finite_in}: the tensor {name} has {wild} values that are NaN or infinite.")
-        digests[name] = digest.hexdigest()
-    return digests
+    return {name: digest for name, (digest, _) in zip(pieces, found, strict=True)}
+
+
+def _digest(piece: Piece, look: bool) -> tuple[str, int]:
+    """Return a tensor's digest and, if they are looked for, how many of its values are NaN or infinite."""
+    digest, wild = piece.digest_start(), 0
+    for chunk in piece.source.chunks():
+        digest.update(chunk)
+        if look and piece.is_float:
+            wild += count_wild_values(chunk, piece.dtype)
+    return digest.hexdigest(), wild

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neurograft.byte_moves import FileWriter
+from neurograft.byte_moves import NewFile, at_once, write_files
 from neurograft.errors import ModelError, OrganFileError, UsageError
 from neurograft.files import (
     CHUNK_BYTES,
@@ -29,6 +29,7 @@ from neurograft.tensor_files import (
     bytes_of,
     header_of,
     in_file_order,
+    load_header,
     parse_header,
     prefixed,
     torch_name,
@@ -211,9 +212,7 @@ def write_organ(organ: Organ, path: Path, *, overwrite: bool = False) -> Organ:
     whole = hashlib.sha256(header)
     with atomic_file(path, overwrite=overwrite) as temporary:
         require_space(path.parent, len(header) + bytes_of(pieces.values()))
-        with FileWriter(temporary, len(header) + bytes_of(pieces.values())) as writer:
-            writer.write(header)
-            writer.copy([(piece.source, whole) for piece in pieces.values()])
+        write_files([NewFile(temporary, header, [(piece.source, whole) for piece in pieces.values()])])
         _seal(temporary, header, whole.hexdigest())
         written, _ = parse_header(json.loads(header[8:]), path, len(header), temporary.stat().st_size)
     manifest = manifest.model_copy(update={"file_digest": whole.hexdigest()})
@@ -253,8 +252,16 @@ def open_organ(path: str | Path) -> Organ:
     """
     path = Path(path)
     manifest, pieces = _read_front(path)
-    _verify_file_digest(path, manifest.file_digest)
-    if combine_digests(digest_pieces(pieces, finite_in=str(path))) != manifest.tensors_digest:
+    size = path.stat().st_size
+    digests: dict[str, str] = {}
+    at_once(
+        lambda check: check(),
+        [
+            (lambda: _verify_file_digest(path, manifest.file_digest), size),
+            (lambda: digests.update(digest_pieces(pieces, finite_in=str(path))), size),
+        ],
+    )
+    if combine_digests(digests) != manifest.tensors_digest:
         raise OrganFileError(
             f"the tensors in {path} do not have the digest that its manifest gives; the file was altered."
         )
@@ -276,13 +283,14 @@ def read_manifest(path: str | Path) -> Manifest:
 def _read_front(path: Path) -> tuple[Manifest, dict[str, Piece]]:
     """Return the manifest and the places of the tensors, after checking the sizes that the header claims."""
     header, length = _read_header(path)
-    text = header.get("__metadata__", {}).get(METADATA_KEY)
+    metadata = header.get("__metadata__")
+    text = metadata.get(METADATA_KEY) if isinstance(metadata, dict) else None
     if not isinstance(text, str):
         raise OrganFileError(f"{path} is a safetensors file but no organ: its header has no {METADATA_KEY} manifest.")
     manifest = parse_manifest(text, path)
     try:
         return manifest, parse_header(header, path, 8 + length, path.stat().st_size)[0]
-    except (ModelError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (ModelError, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
         raise OrganFileError(f"{path} is no safetensors file, or its header was altered: {error}") from error
 
 
@@ -304,13 +312,13 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
             )
         text = stream.read(length)
     try:
-        header = json.loads(text)
+        header = load_header(text)
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        expected = 8 + length + max(ends, default=0)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise OrganFileError(
             f"{path} is no safetensors file, or its header was altered: {type(error).__name__}: {error}."
         ) from error
-    expected = 8 + length + max(ends, default=0)
     if size != expected:
         raise OrganFileError(
             f"{path} is {'truncated' if size < expected else 'too long'}: it has {size} bytes and its header "
@@ -338,7 +346,7 @@ def parse_manifest(text: str, path: Path) -> Manifest:
     try:
         data = json.loads(text)
         version = data["schema_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise OrganFileError(f"the manifest in {path} can't be read: {type(error).__name__}: {error}.") from error
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise OrganFileError(

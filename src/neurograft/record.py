@@ -47,7 +47,7 @@ def read_record(directory: Path) -> SurgicalRecord | None:
                 f"{path} has schema {version}, and this neurograft reads up to {SCHEMA_VERSION}; install a newer one."
             )
         return SurgicalRecord.model_validate(data)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, ModelError):
             raise
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)

@@ -51,7 +51,7 @@ log = logging.getLogger("neurograft")
 class Removal(BaseModel):
     """What `remove` did, and its proof."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
     organ: str
     output: str
     original_restored: bool

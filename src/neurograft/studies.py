@@ -16,13 +16,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from neurograft import __version__, errors
+from neurograft import __version__, errors, lean_imports
 from neurograft.errors import NeurograftError
 from neurograft.files import atomic_file, file_sha256
 from neurograft.findings import Finding
@@ -37,15 +38,17 @@ if TYPE_CHECKING:
 Layout = dict[str, tuple[int, ...]]
 """Name inside a layer -> shape, as transformers writes it to disk."""
 _FOLDER = "studies"
+_Kind = Literal["skeleton", "tokenizer", "whole"]
+"""What a process can answer, besides what it imports: models without weights, tokenizers, or everything."""
 _Answer = TypeVar("_Answer", bound=BaseModel)
 
 
 class _Study(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class ModelStudy(_Study):
-    """What transformers makes of a model directory's configuration and tokenizer."""
+    """What transformers makes of a model directory's configuration."""
 
     model_type: str
     layers_path: str
@@ -57,7 +60,6 @@ class ModelStudy(_Study):
     """The different kinds of layers; `None` for packed (quantised) weights, whose tensors only their files know."""
     layout_of: list[int]
     """For each layer, its place in `layouts`."""
-    tokenizer: TokenizerFingerprint | None
 
     def layout(self, layer: int) -> Layout | None:
         """Return the tensors that a layer has on disk; `None` if only the files know."""
@@ -76,6 +78,12 @@ class GraftStudy(_Study):
     """`config.json` of the result; `None` if something blocks."""
 
 
+class TokenizerStudy(_Study):
+    """What tells a tokenizer from others."""
+
+    fingerprint: TokenizerFingerprint
+
+
 class OrderStudy(_Study):
     """The configuration of a model whose layers are put in another order."""
 
@@ -89,6 +97,33 @@ def study_model(directory: ModelDirectory, *, trust_remote_code: bool = False) -
         ModelError: It is no model that can be cut into layers.
     """
     return _ask(ModelStudy, "model", directory, trust_remote_code, {})
+
+
+def study_tokenizer(directory: ModelDirectory, *, trust_remote_code: bool = False) -> TokenizerFingerprint | None:
+    """Fingerprint a model's tokenizer; `None` if it has none.
+
+    Raises:
+        ModelError: There are tokenizer files, and transformers can't load them.
+    """
+    if not any((directory.path / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    return _ask(TokenizerStudy, "tokenizer", directory, trust_remote_code, {}).fingerprint
+
+
+def study_all(
+    directory: ModelDirectory, *, trust_remote_code: bool = False
+) -> tuple[ModelStudy, TokenizerFingerprint | None]:
+    """Ask for a model's study and its tokenizer's fingerprint, both at the same time.
+
+    Raises:
+        ModelError: See `study_model` and `study_tokenizer`.
+    """
+    if _answers_here():
+        study = study_model(directory, trust_remote_code=trust_remote_code)
+        return study, study_tokenizer(directory, trust_remote_code=trust_remote_code)
+    with ThreadPoolExecutor(1) as other:
+        tokenizer = other.submit(study_tokenizer, directory, trust_remote_code=trust_remote_code)
+        return study_model(directory, trust_remote_code=trust_remote_code), tokenizer.result()
 
 
 def study_graft(
@@ -162,7 +197,6 @@ def _essence(manifest: Manifest) -> dict[str, Any]:
 
 def _answer_model(directory: ModelDirectory, trust_remote_code: bool) -> ModelStudy:
     from neurograft.anatomy import build_skeleton, describe
-    from neurograft.models import fingerprint_tokenizer, load_tokenizer_if_any
     from neurograft.organ import config_to_json
 
     raw = read_raw_config(directory.path)
@@ -171,7 +205,6 @@ def _answer_model(directory: ModelDirectory, trust_remote_code: bool) -> ModelSt
     anatomy = describe(skeleton)
     packed = bool(raw.get("quantization_config"))
     layouts, layout_of = ([], []) if packed else _layouts(skeleton, range(anatomy.layer_count))
-    tokenizer = load_tokenizer_if_any(directory, trust_remote_code=trust_remote_code)
     return ModelStudy(
         model_type=config.model_type,
         layers_path=anatomy.layers_path,
@@ -180,7 +213,14 @@ def _answer_model(directory: ModelDirectory, trust_remote_code: bool) -> ModelSt
         config=config_to_json(config),
         layouts=None if packed else layouts,
         layout_of=layout_of,
-        tokenizer=fingerprint_tokenizer(tokenizer) if tokenizer is not None else None,
+    )
+
+
+def _answer_tokenizer(directory: ModelDirectory, trust_remote_code: bool) -> TokenizerStudy:
+    from neurograft.models import fingerprint_tokenizer, load_tokenizer
+
+    return TokenizerStudy(
+        fingerprint=fingerprint_tokenizer(load_tokenizer(directory, trust_remote_code=trust_remote_code))
     )
 
 
@@ -291,13 +331,23 @@ def _config_text(raw: dict[str, Any], config: PreTrainedConfig, planned: PreTrai
     return text
 
 
-_ANSWERS: dict[str, Any] = {"model": _answer_model, "graft": _answer_graft, "order": _answer_order}
+_ANSWERS: dict[str, Any] = {
+    "model": _answer_model,
+    "tokenizer": _answer_tokenizer,
+    "graft": _answer_graft,
+    "order": _answer_order,
+}
+
+
+def _answers_here() -> bool:
+    """Whether this process has loaded what it takes to answer."""
+    return {"torch", "transformers"} <= sys.modules.keys()
 
 
 def _ask(
     answer: type[_Answer], topic: str, directory: ModelDirectory, trust_remote_code: bool, question: dict[str, Any]
 ) -> _Answer:
-    if {"torch", "transformers"} <= sys.modules.keys():
+    if _answers_here():
         found: _Answer = _ANSWERS[topic](directory, trust_remote_code, **question)
         return found
     kept = _kept_answer(topic, directory, trust_remote_code, question)
@@ -306,7 +356,7 @@ def _ask(
             return answer.model_validate_json(kept.read_text(encoding="utf-8"))
         except (OSError, ValidationError):
             kept.unlink(missing_ok=True)
-    text = _current_helper().ask(
+    text = _ask_helpers(
         {
             "topic": topic,
             "path": str(directory.path),
@@ -339,14 +389,14 @@ def _kept_answer(
 
 
 class _Helper:
-    """A process that has torch and transformers loaded, asked by lines of JSON."""
+    """A process that has transformers loaded, and what it needs of torch; asked by lines of JSON."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: _Kind) -> None:
         self._complaints: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
         # One thread and one arena: building without weights needs neither the time nor the memory of more.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "neurograft.studies"],
+            [sys.executable, "-m", "neurograft.studies", kind],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._complaints,
@@ -386,36 +436,52 @@ class _Helper:
         self._complaints.close()
 
 
-_helpers: list[_Helper | None] = []
+_helpers: list[dict[_Kind, _Helper]] = []
 
 
 @contextmanager
 def studying() -> Iterator[None]:
-    """Keep the process that answers questions, once one is needed, until the block ends."""
-    _helpers.append(None)
+    """Keep the processes that answer questions, once one is needed, until the block ends."""
+    _helpers.append({})
     try:
         yield
     finally:
-        helper = _helpers.pop()
-        if helper is not None:
+        for helper in _helpers.pop().values():
             helper.close()
 
 
-def _current_helper() -> _Helper:
+def _ask_helpers(question: dict[str, Any]) -> str:
+    """Ask the process that takes least, and one that has everything loaded if that can't answer."""
+    lean: _Kind = "tokenizer" if question["topic"] == "tokenizer" else "skeleton"
+    if not question["trust_remote_code"]:
+        try:
+            return _helper(lean).ask(question)
+        except NeurograftError:
+            _helpers[-1].pop(lean).close()
+    return _helper("whole").ask(question)
+
+
+def _helper(kind: _Kind) -> _Helper:
     if not _helpers:
         raise RuntimeError("a question is asked outside a `studying` block")
-    if (helper := _helpers[-1]) is None:
-        helper = _helpers[-1] = _Helper()
-    return helper
+    if kind not in _helpers[-1]:
+        _helpers[-1][kind] = _Helper(kind)
+    return _helpers[-1][kind]
+
+
+def _import_all() -> None:
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+
+
+_IMPORTS = {"skeleton": lean_imports.for_skeletons, "tokenizer": lean_imports.without_torch, "whole": _import_all}
 
 
 def main() -> None:
     """Answer questions, one a line, until there are no more."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever else prints must not look like an answer
-    import torch  # noqa: F401
-    import transformers  # noqa: F401
-
+    _IMPORTS[sys.argv[1]]()
     for line in sys.stdin:
         question = json.loads(line)
         directory = ModelDirectory(Path(question["path"]), question["name"])

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neurograft.byte_moves import Bytes, FileRange, FileWriter, Progress
+from neurograft.byte_moves import Bytes, FileRange, NewFile, Progress, write_files
 from neurograft.errors import ModelError
 from neurograft.files import tensor_hash
 
@@ -105,40 +105,90 @@ def read_tensor_file(path: Path) -> TensorFile:
         if len(start) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             raise ModelError(f"{path} can't be read as a safetensors file: its header is longer than the file.")
         text = stream.read(length)
+    return TensorFile(path, *read_header(text, path, 8 + length, size))
+
+
+def read_header(
+    text: bytes, path: Path, data_start: int, size: int | None = None
+) -> tuple[dict[str, Piece], dict[str, str]]:
+    """Return the tensors that the text of a header describes, in file order, and its metadata.
+
+    Args:
+        text: JSON.
+        path: The file, for messages and as the source of the tensors' bytes.
+        data_start: Where in the file the tensors begin.
+        size: Bytes of the file, if they are known.
+
+    Raises:
+        ModelError: It is no header, tensors overlap or leave gaps, or they do not end where the file does.
+    """
     try:
-        return TensorFile(path, *parse_header(json.loads(text), path, 8 + length, size))
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        if isinstance(error, ModelError):
-            raise
+        return parse_header(load_header(text), path, data_start, size)
+    except ModelError:
+        raise
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, OverflowError) as error:
         raise ModelError(f"{path} can't be read as a safetensors file: {type(error).__name__}: {error}.") from error
 
 
+def load_header(text: bytes) -> dict[str, Any]:
+    """Parse the text of a header.
+
+    Raises:
+        ValueError: It is no JSON object, or two tensors have one name.
+    """
+    header = json.loads(text, object_pairs_hook=_distinct)
+    if not isinstance(header, dict):
+        raise ValueError("the header is no JSON object")
+    return header
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = next(name for number, (name, _) in enumerate(pairs) if name in dict(pairs[:number]))
+        raise ValueError(f"{name} stands twice in the header")
+    return found
+
+
 def parse_header(
-    header: dict[str, Any], path: Path, data_start: int, size: int
+    header: dict[str, Any], path: Path, data_start: int, size: int | None
 ) -> tuple[dict[str, Piece], dict[str, str]]:
     """Return the tensors that a header describes, in file order, and its metadata.
 
     Raises:
         ModelError: Tensors overlap, leave gaps, or do not end where the file does.
     """
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}
+    if not all(isinstance(text, str) for text in metadata.values()):
+        raise ModelError(f"{path} can't be read as a safetensors file: its metadata are not all text.")
     entries = sorted(header.items(), key=lambda item: (item[1]["data_offsets"], item[0]))
     position, pieces = 0, {}
     for name, entry in entries:
-        start, stop = entry["data_offsets"]
-        shape = tuple(int(length) for length in entry["shape"])
+        start, stop = (_count(offset) for offset in entry["data_offsets"])
+        shape = tuple(map(_count, entry["shape"]))
         dtype = str(entry["dtype"])
         expected = _bytes_of(dtype, shape)
         if start != position or stop < start or expected not in (None, stop - start):
             raise ModelError(f"{path} can't be read as a safetensors file: the place of the tensor {name} is wrong.")
         pieces[name] = Piece(dtype, shape, FileRange(path, data_start + start, stop - start))
         position = stop
-    if data_start + position != size:
+    if size not in (None, data_start + position):
         raise ModelError(
             f"{path} can't be read as a safetensors file: it has {size} bytes and its header describes "
             f"{data_start + position}."
         )
     return pieces, metadata
+
+
+def _count(value: Any) -> int:
+    """Return a number of elements or bytes as it stands in a header.
+
+    Raises:
+        ValueError: It is no integer from 0 on.
+    """
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(f"{value!r} is no size")
+    return value
 
 
 def _bytes_of(dtype: str, shape: tuple[int, ...]) -> int | None:
@@ -170,23 +220,31 @@ def bytes_of(pieces: Iterable[Piece]) -> int:
     return sum(piece.source.size for piece in pieces)
 
 
-def write_tensor_file(
-    path: Path, pieces: Mapping[str, Piece], metadata: Mapping[str, str], *, progress: Progress | None = None
-) -> dict[str, str]:
-    """Write a safetensors file and return the digest of each tensor, made from the bytes as they were copied.
+@dataclass(frozen=True)
+class NewTensorFile:
+    """A safetensors file to be written: what is in it, and where the bytes come from."""
+
+    path: Path
+    """Does not exist yet."""
+    pieces: Mapping[str, Piece]
+    metadata: Mapping[str, str]
+
+
+def write_tensor_files(files: Sequence[NewTensorFile], *, progress: Progress | None = None) -> dict[str, str]:
+    """Write safetensors files and return the digest of each tensor, made from the bytes as they were copied.
 
     Args:
-        path: A file that does not exist yet.
-        pieces: Tensor name -> what it is and where its bytes come from.
-        metadata: Goes into the header.
+        files: No tensor occurs in two of them.
         progress: Called with the number of bytes that were written since the last call.
     """
-    ordered = in_file_order(pieces)
-    header = header_of(ordered, metadata)
-    hashes = {name: piece.digest_start() for name, piece in ordered.items()}
-    with FileWriter(path, len(header) + bytes_of(ordered.values()), progress) as writer:
-        writer.write(header)
-        writer.copy([(piece.source, hashes[name]) for name, piece in ordered.items()])
+    hashes: dict[str, hashlib._Hash] = {}
+    new = []
+    for file in files:
+        ordered = in_file_order(file.pieces)
+        hashes.update({name: piece.digest_start() for name, piece in ordered.items()})
+        parts = [(piece.source, hashes[name]) for name, piece in ordered.items()]
+        new.append(NewFile(file.path, header_of(ordered, file.metadata), parts))
+    write_files(new, progress)
     return {name: digest.hexdigest() for name, digest in hashes.items()}
 
 

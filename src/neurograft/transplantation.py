@@ -28,13 +28,13 @@ from neurograft.manifest import (
 from neurograft.model_files import Written, new_names, plan_files, write_model
 from neurograft.models import (
     ModelDirectory,
-    load_model_and_unused,
     resolve,
 )
-from neurograft.number_formats import converted, digest_pieces
+from neurograft.number_formats import converted
 from neurograft.organ import Organ, clean_name, open_organ
 from neurograft.record import EXPLANT_FOLDER, make_record, unique_name
 from neurograft.steps import Step, order_layers
+from neurograft.streaming import loaded_to_ask
 from neurograft.studies import studying
 from neurograft.tensor_files import Piece, bytes_of
 
@@ -70,9 +70,10 @@ def transplant(
         link: What happens to files that stay as they are. `auto`: they share blocks with the recipient's where the file
             system can do that, and are copied elsewhere; `hard`: hard links where it can't; `copy`: always copied.
         verify: `written`: the plan, and a digest of every byte that is written; `bytes`: also of what is linked;
-            `layers`: also every layer is asked the probe questions before and after, for which transformers loads
-            both models, one after the other. `auto`: `layers` where the weights are plain and take at most a quarter of
-            this machine's memory, else `bytes`; the surgical record says which it was.
+            `layers`: also every layer is asked the probe questions before and after, for which transformers runs both
+            models, one after the other, with their layers on the disk where they are not small for the machine.
+            `auto`: `layers` where the weights are plain and take at most a quarter of this machine's memory, else
+            `bytes`; the surgical record says which it was.
         overwrite: Whether an existing model directory may be replaced.
         trust_remote_code: See `neurograft.models.resolve`.
 
@@ -92,7 +93,9 @@ def transplant(
     with studying():
         checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
         log.info("checking %s against %s", organ.name, directory.name)
-        report, config = check_checkpoint(organ, checkpoint, at=at, mode=mode, trust_remote_code=trust_remote_code)
+        report, config = check_checkpoint(
+            organ, checkpoint, at=at, mode=mode, look_for_match=False, trust_remote_code=trust_remote_code
+        )
         refuse_blocked(report)
         assert config is not None
         level = verify if verify != "auto" else "layers" if checkpoint.runs_easily else "bytes"
@@ -164,7 +167,7 @@ class Surgery:
     def _original_digests(self, written: Written, leaving: Mapping[str, Piece]) -> dict[str, str | None]:
         """Return the digest of each of the recipient's tensors, as it was read to be copied."""
         kept = new_names(self.checkpoint, self.steps)
-        return {**{old: written.digests[new] for old, new in kept.items()}, **digest_pieces(leaving)}
+        return {**{old: written.digests[new] for old, new in kept.items()}, **self.checkpoint.digests_of(leaving)}
 
     def _verify_organ(self, fitted: Mapping[str, Piece], written: Written) -> None:
         """Check that the organ's bytes, as copied, are those that its file was checked to hold.
@@ -216,10 +219,11 @@ class Surgery:
         from neurograft.anatomy import describe
 
         log.info("asking the layers of %s the probe questions", directory.name)
-        model, unused = load_model_and_unused(directory, trust_remote_code=self.trust_remote_code)
-        probe.refuse_future_leak(model, directory.name)
-        answers = probe.probe_layers(model, describe(model).layers_path)
-        return _Measured(answers, probe.cache_gap(model), str(model.dtype).removeprefix("torch."), unused)
+        whole = self.checkpoint.runs_easily or self.checkpoint.packing is not None
+        with loaded_to_ask(directory, whole=whole, trust_remote_code=self.trust_remote_code) as (model, unused):
+            probe.refuse_future_leak(model, directory.name)
+            answers = probe.probe_layers(model, describe(model).layers_path)
+            return _Measured(answers, probe.cache_gap(model), str(model.dtype).removeprefix("torch."), unused)
 
     def _verify_answers(self, before: _Measured, after: _Measured) -> None:
         from neurograft.surgery import verify_graft
