@@ -40,6 +40,17 @@ _, status, usage = os.wait4(process.pid, 0)
 print(status, usage.ru_maxrss)
 """
 
+# A program that has imported the library already, as a server would; it transplants when it is told to.
+_SERVE = """
+import json, sys
+from neurograft.transplantation import transplant
+arguments = json.loads(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+transplant(**arguments)
+"""
+IN_PYTHON = ", from Python"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -104,6 +115,8 @@ def measure(size: int, folder: Path, mergekit: Path | None, rounds: int) -> dict
             *("--link", "hard", "--verify", "bytes"),
         ],
     }
+    for name in ("insert, copied", "insert at the end, hard links", "replace, hard links"):
+        ways[name + IN_PYTHON] = serving(ways[name])
     for count in (3, 6, 12):
         ways[f"extract {count} layers"] = [
             *extract,
@@ -117,7 +130,7 @@ def measure(size: int, folder: Path, mergekit: Path | None, rounds: int) -> dict
     first = {"extract": run([*extract, str(organ), "--layers", f"{ORGAN[0]}:{ORGAN[1]}"], model, folder)}
     first["insert"] = run(ways["insert, copied"], model, folder)
     for name, command in ways.items():  # what building models without weights shows is known from here on
-        if "links" in name:
+        if "links" in name and IN_PYTHON not in name:
             run(command, model, folder)
     found: dict[str, list[Run]] = {}
     for _ in range(rounds):
@@ -134,12 +147,22 @@ def measure(size: int, folder: Path, mergekit: Path | None, rounds: int) -> dict
     }
 
 
+def serving(command: list[str]) -> list[str]:
+    """Return the command of a program that does by a call what a command of neurograft does."""
+    organ, recipient = command[2:4]
+    given = dict(zip(command[4::2], command[5::2], strict=True))
+    arguments = {
+        "organ": organ, "recipient": recipient, "output": given["-o"], "mode": given["--mode"],
+        "at": int(given["--at"]), "link": given["--link"], "verify": given["--verify"],
+    }  # fmt: skip
+    return [sys.executable, "-c", _SERVE, json.dumps(arguments)]
+
+
 def run(command: list[str], model: Path, folder: Path) -> Run:
     """Run a command with nothing of its input in memory, until what it wrote is on the disk; then delete that."""
-    os.sync()
-    for path in (*model.iterdir(), folder / "organ.safetensors"):
-        if path.is_file():
-            forget(path)
+    if _SERVE in command:
+        return call(command, model, folder)
+    forget_input(model, folder)
     started = time.monotonic()
     done = subprocess.run([sys.executable, "-IS", "-c", _WATCH, *command], capture_output=True, text=True)
     os.sync()
@@ -149,6 +172,33 @@ def run(command: list[str], model: Path, folder: Path) -> Run:
         raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
     shutil.rmtree(folder / "out", ignore_errors=True)
     return Run(round(seconds, 2), round(kilobytes / 1000, 1))
+
+
+def call(command: list[str], model: Path, folder: Path) -> Run:
+    """Let a program that has started already do its work; its start is not measured."""
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        forget_input(model, folder)
+        started = time.monotonic()
+        process.stdin.write(b"\n")
+        process.stdin.close()
+        _, status, usage = os.wait4(process.pid, 0)
+        os.sync()
+        seconds = time.monotonic() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)} failed: {process.stderr.read().decode()[-2000:]}")
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    return Run(round(seconds, 3), round(usage.ru_maxrss / 1000, 1))
+
+
+def forget_input(model: Path, folder: Path) -> None:
+    """Leave the disk idle and nothing of the input in memory."""
+    os.sync()
+    for path in (*model.iterdir(), folder / "organ.safetensors"):
+        if path.is_file():
+            forget(path)
 
 
 def forget(path: Path) -> None:
