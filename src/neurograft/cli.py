@@ -23,7 +23,7 @@ from rich.console import Console
 
 from neurograft import __version__, ranks
 from neurograft.errors import NeurograftError, UsageError
-from neurograft.training.search import DECIDED_BY_COMPARE
+from neurograft.training.search import DECIDED_BY_COMPARE, DECIDED_BY_PLAN
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -252,6 +252,65 @@ def _with_training_options(command: Callable[..., None], *, without: Collection[
     command.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     return command
+
+
+@app.command()
+@partial(_with_training_options, without=DECIDED_BY_PLAN)
+def plan(
+    model: Model,
+    data: Annotated[
+        list[str],
+        typer.Option("--data", metavar="PATH", help="Domain text, as for train. Repeatable."),
+    ],
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--budget",
+            metavar="NAME=AMOUNT",
+            help="A limit: tokens, seconds, memory (beyond the model) or bytes (of the file): memory=2GB. Repeatable.",
+        ),
+    ] = None,
+    eval_data: Annotated[
+        list[str] | None,
+        typer.Option("--eval-data", metavar="PATH", help="Held-out text; else a share of the documents."),
+    ] = None,
+    trials: Annotated[int, typer.Option("--trials", min=1, help="How many ranges of layers are tried.")] = 5,
+    trial_tokens: Annotated[
+        int | None,
+        typer.Option("--trial-tokens", min=1, help="Training tokens of each [default: a sixteenth of the tokens]."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the report there too, as JSON.")
+    ] = None,
+    text_column: TextColumn = "text",
+    document_separator: Separator = None,
+    encoding: Encoding = "utf-8",
+    overwrite: Overwrite = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+    **options: Any,
+) -> None:
+    """Propose layers, how many, mode and protocol for a new organ, and predict what training it costs."""
+    with _running(as_json, "reading the text") as screen:
+        from neurograft import render
+        from neurograft.placement import proposal
+
+        report = proposal.plan(
+            model,
+            data=data,
+            budget=budget or [],
+            eval_data=eval_data or None,
+            trials=trials,
+            trial_tokens=trial_tokens,
+            output=output,
+            text_column=text_column,
+            document_separator=document_separator,
+            encoding=encoding,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
+        screen.result(report, lambda: render.plan(report))
 
 
 @app.command()
