@@ -304,8 +304,10 @@ def scan_section(result: dict[str, Any]) -> str:
         [number, *(_place_cell(at.get((number, mode)), best, report["tied"]) for mode in ("replace", "insert"))]
         for number in range(report["layer_count"] + 1)
     ]
-    alone = [row["seconds"] for row in result["alone"] if row["every_seventh"]]
-    estimate = statistics.mean(alone) * len(places)
+    alone = [row for row in result["alone"] if row["sixth"]]
+    layers = {"replace": report["layer_count"], "insert": report["layer_count"] + report["organ_layers"]}
+    rate = sum(row["seconds"] for row in alone) / sum(layers[row["mode"]] for row in alone)
+    estimate = rate * sum(layers[place["mode"]] for place in places)
     passes = report["layer_passes_from_scratch"] / report["layer_passes"]
     same = [row["perplexity"] / row["scanned"] - 1 for row in result["alone"] if row["scanned"] is not None]
     rounds = max(place["rounds"] for place in places)
@@ -321,7 +323,7 @@ def scan_section(result: dict[str, Any]) -> str:
         f"{report['domain']['tokens']:,} other tokens ({report['domain']['documents']} documents), without "
         "recovery.\n\n"
         + table(["", "each place by itself", "scan", "times cheaper"], costs)
-        + f"\nSeconds by itself: of {len(alone)} of {len(places)} places, times {len(places) / len(alone):.1f}. "
+        + f"\nSeconds by itself: of {len(alone)} of {len(places)} places, scaled by layers; other work ran as well. "
         f"Places in each round: {', '.join(map(str, left))}. Where a place was measured on all of the text both ways, "
         f"the perplexities differ by {max(map(abs, same)):.1e} of themselves at most.\n\n"
         f"Perplexity over the recipient's alone, which is {report['domain']['perplexity']:.2f} (* the best, ≈ not "
