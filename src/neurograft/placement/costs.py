@@ -97,6 +97,8 @@ def predict(
     again = measured.evaluating + (count + above) * measured.forward
     # What enters the organ is computed once for the held-out text, and once for training text that comes again.
     once = evaluation * start * measured.forward
+    if options.cache_prefix == "never":
+        again, once = again + start * measured.forward, 0.0
     if cached:
         once += len(batches.training.input_ids) / batches.batch_size * start * measured.forward
     looks = min(options.evaluations, batches.steps) + 1

@@ -36,6 +36,7 @@ def layer_signals(
     squares, influence = [0.0] * len(layers), [0.0] * len(layers)
     rows = batches.training.input_ids.shape[0]
     count = max(1, min(_BATCHES, rows // batches.batch_size))
+    model.requires_grad_(False)
     loss = NextTokenLoss(model)
     handles = [
         *(handle for number, layer in enumerate(layers) for handle in _watch_gradients(layer, number, squares)),
