@@ -125,8 +125,8 @@ def test_signals_are_what_autograd_says() -> None:
         for number, layer in enumerate(layers):
             expected[number] += sum(float(p.grad.square().sum()) for p in layer.parameters()) / 2
         for number in range(LAYERS - 1):  # what leaves the last one is given after the final norm
-            pair = output.hidden_states[number : number + 2]
-            moved[number] += float(1 - torch.nn.functional.cosine_similarity(*pair, dim=-1).mean()) / 2
+            entering, leaving = (state.detach() for state in output.hidden_states[number : number + 2])
+            moved[number] += float(1 - torch.nn.functional.cosine_similarity(entering, leaving, dim=-1).mean()) / 2
     assert gradients == pytest.approx(expected, rel=1e-3)
     assert influence[:-1] == pytest.approx(moved[:-1], rel=1e-3, abs=1e-6)
 
