@@ -332,6 +332,47 @@ def scan_section(result: dict[str, Any]) -> str:
     )
 
 
+def plan_section(result: dict[str, Any]) -> str:
+    """Render what was planned beside the paper's choice, and predicted costs beside measured ones."""
+    settings, rows, quality = result["settings"], [], []
+    for row in result["rows"]:
+        planned, measured = row["planned"], row["measured"]
+        for name, proposal in (("plan", planned["best"]), ("paper", planned["paper"])):
+            found, cost = measured[name], proposal["cost"]
+            rows.append(
+                [
+                    row["domain"],
+                    name,
+                    f"{proposal['layers']} {proposal['protocol']}",
+                    _beside(cost["seconds"], found["seconds"], 1),
+                    _beside(cost["memory"], found["memory"], 1e6),
+                    _beside(cost["bytes"], found["bytes"], 1e6),
+                ]
+            )
+        low, high = row["ratio"][1:]
+        quality.append(
+            [
+                row["domain"],
+                f"{measured['plan']['perplexity']:.2f}",
+                f"{measured['paper']['perplexity']:.2f}",
+                f"{row['ratio'][0]:.3f} [{low:.3f}, {high:.3f}]",
+            ]
+        )
+    return (
+        f"## Following a plan\n\nSmolLM2-135M-Instruct, {settings['tokens']:,} training tokens. `plan` may take as "
+        "many seconds as it predicts for the paper's choice, three layers from floor(L/3). Perplexity on text that "
+        "chose nothing:\n\n"
+        + table(["domain", "plan", "paper's layers", "ratio (95 % interval)"], quality)
+        + "\nPredicted before training, and measured (in parentheses their ratio); seconds of one thread's "
+        "processor time, memory beyond the model and file in MB:\n\n"
+        + table(["domain", "choice", "layers", "seconds", "memory", "file"], rows)
+    )
+
+
+def _beside(predicted: float, measured: float, unit: float) -> str:
+    return f"{predicted / unit:,.0f}, {measured / unit:,.0f} ({predicted / measured:.2f})"
+
+
 def _place_cell(place: dict[str, Any] | None, best: tuple[str, int], tied: list[str]) -> str:
     if place is None or place["domain"] is None:
         return ""
@@ -387,6 +428,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "training_cost": training_cost_section,
     "protocols": protocols_section,
     "recovery": recovery_section,
+    "plan": plan_section,
     "scan": scan_section,
     "disk": disk_section,
 }

@@ -345,10 +345,11 @@ class TestRecord:
     def test_another_file_meanwhile(
         self, organ_file: Path, recipient: Path, text: Path, donor: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        report = scan(organ_file, recipient, data=text, positions=[2], modes="insert")
+        scanned = read_organ(organ_file)
+        report = scan(scanned, recipient, data=text, positions=[2], modes="insert")
         extract(donor, layers=(1, 3), name="another", output=organ_file, overwrite=True)
-        with pytest.raises(VerificationError, match="holds another now, and tiny was scanned"):
-            recording.record_scan(organ_file, report, neurograft.models.resolve(recipient))
+        with pytest.raises(VerificationError, match="does not hold any more what was scanned"):
+            recording.record_scan(organ_file, scanned, report, neurograft.models.resolve(recipient))
 
 
 @pytest.fixture(scope="module")
