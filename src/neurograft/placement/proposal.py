@@ -109,7 +109,7 @@ def plan(
     data: Paths,
     budget: Sequence[str] | Mapping[str, float] = (),
     eval_data: Paths | None = None,
-    trials: int = 5,
+    trials: int = 6,
     trial_tokens: int | None = None,
     output: str | Path | None = None,
     text_column: str = "text",
@@ -123,8 +123,8 @@ def plan(
     """Propose layers, how many, mode and protocol for a new organ, and predict what training it costs.
 
     A few real steps at both ends of the model tell what every range of layers costs. Of the ranges that the budget
-    allows, those with the largest gradients on the text are trained for a short while, and the one that learns most is
-    proposed.
+    allows, the paper's, some in the middle and those with the largest gradients on the text are trained for a short
+    while, and the one that learns most is proposed.
 
     Args:
         model: The host: a local transformers directory, a `.gguf` file or a Hub id.
@@ -260,7 +260,7 @@ class _Case:
         )
         few_batches = Batches.build(texts, tokenizer, trial)
         tried, untrained = [], math.nan
-        for number, proposal in enumerate(shortlist(possible, trials)):
+        for number, proposal in enumerate(shortlist(possible, trials, len(self.layers))):
             self._say(f"trying layers {proposal.layers} in place ({number + 1})")
             untrained, perplexity = self._try(few_batches, trial, proposal)
             tried.append(proposal.model_copy(update={"trial": perplexity}))
@@ -357,19 +357,29 @@ class _Case:
         return [proposal.model_copy(update={"trial": perplexity})]
 
 
-def shortlist(possible: Sequence[Proposal], trials: int) -> list[Proposal]:
-    """Choose what to try: of each number of layers the range with the largest gradients, then the largest of those.
+def shortlist(possible: Sequence[Proposal], trials: int, layer_count: int) -> list[Proposal]:
+    """Choose what to try.
+
+    Gradients are largest at the two ends of a model, and a late organ costs least, so by them alone the middle, where
+    organs often learn most, would never be tried. So the paper's choice comes first, then the longest ranges from a
+    third and from half of the layers on, and then, of each number of layers, the range with the largest gradients.
 
     Args:
         possible: All that keep to the budget.
         trials: How many are chosen at most.
+        layer_count: L.
     """
+    auto = parse_layers("auto", layer_count)
+    chosen = [proposal for proposal in possible if proposal.layers == f"{auto.start}:{auto.stop}"]
+    for start in (layer_count // 3, layer_count // 2):
+        chosen += sorted((p for p in possible if p.position == start), key=lambda p: -p.count)[:1]
     best: dict[int, Proposal] = {}
     for proposal in possible:
         known = best.get(proposal.count)
         if known is None or proposal.gradient > known.gradient:
             best[proposal.count] = proposal
-    return sorted(best.values(), key=lambda proposal: -proposal.gradient)[:trials]
+    chosen += sorted(best.values(), key=lambda proposal: -proposal.gradient)
+    return list({proposal.layers: proposal for proposal in chosen}.values())[:trials]
 
 
 def _stored_dtype(directory: ModelDirectory) -> torch.dtype:
