@@ -361,8 +361,8 @@ def plan_section(result: dict[str, Any]) -> str:
     slack = f"{settings['slack']} times as many" if "slack" in settings else "as many"
     return (
         f"## Following a plan\n\nSmolLM2-135M-Instruct, {settings['tokens']:,} training tokens. `plan` may take {slack} "
-        "seconds as it predicts for the paper's choice, three layers from floor(L/3). Perplexity on text that "
-        "chose nothing:\n\n"
+        "seconds as it predicts for the paper's choice, three layers from floor(L/3). Perplexity on text "
+        "that chose nothing:\n\n"
         + table(["domain", "plan", "paper's layers", "ratio (95 % interval)"], quality)
         + "\nPredicted before training, and measured (in parentheses their ratio); seconds of one thread's "
         "processor time, memory beyond the model and file in MB:\n\n"
