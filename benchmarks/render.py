@@ -360,8 +360,8 @@ def plan_section(result: dict[str, Any]) -> str:
         )
     slack = f"{settings['slack']} times as many" if "slack" in settings else "as many"
     return (
-        f"## Following a plan\n\nSmolLM2-135M-Instruct, {settings['tokens']:,} training tokens. `plan` may take {slack} "
-        "seconds as it predicts for the paper's choice, three layers from floor(L/3). Perplexity on text "
+        f"## Following a plan\n\nSmolLM2-135M-Instruct, {settings['tokens']:,} training tokens. `plan` may take "
+        f"{slack} seconds as it predicts for the paper's choice, three layers from floor(L/3). Perplexity on text "
         "that chose nothing:\n\n"
         + table(["domain", "plan", "paper's layers", "ratio (95 % interval)"], quality)
         + "\nPredicted before training, and measured (in parentheses their ratio); seconds of one thread's "
