@@ -325,8 +325,10 @@ def scan_section(result: dict[str, Any]) -> str:
         [number, *(_place_cell(at.get((number, mode)), best, report["tied"]) for mode in ("replace", "insert"))]
         for number in range(report["layer_count"] + 1)
     ]
-    alone = [row["seconds"] for row in result["alone"] if row["every_seventh"]]
-    estimate = statistics.mean(alone) * len(places)
+    alone = [row for row in result["alone"] if row["sixth"]]
+    layers = {"replace": report["layer_count"], "insert": report["layer_count"] + report["organ_layers"]}
+    rate = sum(row["seconds"] for row in alone) / sum(layers[row["mode"]] for row in alone)
+    estimate = rate * sum(layers[place["mode"]] for place in places)
     passes = report["layer_passes_from_scratch"] / report["layer_passes"]
     same = [row["perplexity"] / row["scanned"] - 1 for row in result["alone"] if row["scanned"] is not None]
     rounds = max(place["rounds"] for place in places)
@@ -342,13 +344,56 @@ def scan_section(result: dict[str, Any]) -> str:
         f"{report['domain']['tokens']:,} other tokens ({report['domain']['documents']} documents), without "
         "recovery.\n\n"
         + table(["", "each place by itself", "scan", "times cheaper"], costs)
-        + f"\nSeconds by itself: of {len(alone)} of {len(places)} places, times {len(places) / len(alone):.1f}. "
+        + f"\nSeconds by itself: of {len(alone)} of {len(places)} places, scaled by layers; other work ran as well. "
         f"Places in each round: {', '.join(map(str, left))}. Where a place was measured on all of the text both ways, "
         f"the perplexities differ by {max(map(abs, same)):.1e} of themselves at most.\n\n"
         f"Perplexity over the recipient's alone, which is {report['domain']['perplexity']:.2f} (* the best, ≈ not "
         "to be told apart from it; intervals are wide where a place dropped out after the first round):\n\n"
         + table(["position", "replace", "insert"], rows)
     )
+
+
+def plan_section(result: dict[str, Any]) -> str:
+    """Render what was planned beside the paper's choice, and predicted costs beside measured ones."""
+    settings, rows, quality = result["settings"], [], []
+    for row in result["rows"]:
+        planned, measured = row["planned"], row["measured"]
+        for name, proposal in (("plan", planned["best"]), ("paper", planned["paper"])):
+            found, cost = measured[name], proposal["cost"]
+            rows.append(
+                [
+                    row["domain"],
+                    name,
+                    f"{proposal['layers']} {proposal['protocol']}",
+                    _beside(cost["seconds"], found["seconds"], 1),
+                    _beside(cost["memory"], found["memory"], 1e6),
+                    _beside(cost["bytes"], found["bytes"], 1e6),
+                ]
+            )
+        low, high = row["ratio"][1:]
+        quality.append(
+            [
+                row["domain"],
+                f"{measured['plan']['perplexity']:.2f}",
+                f"{measured['paper']['perplexity']:.2f}",
+                f"{row['ratio'][0]:.3f} [{low:.3f}, {high:.3f}]",
+            ]
+        )
+    slack = f"{settings['slack']} times as many" if "slack" in settings else "as many"
+    return (
+        f"## Following a plan\n\nSmolLM2-135M-Instruct, {settings['tokens']:,} training tokens. `plan` may take "
+        f"{slack} seconds as it predicts for the paper's choice, three layers from floor(L/3). Perplexity on text "
+        "that chose nothing:\n\n"
+        + table(["domain", "plan", "paper's layers", "ratio (95 % interval)"], quality)
+        + "\nPredicted before training, and measured (in parentheses their ratio); seconds of one thread's "
+        "processor time, memory beyond the model and file in MB:\n\n"
+        + table(["domain", "choice", "layers", "seconds", "memory", "file"], rows)
+        + (f"\n{result['note']}\n" if "note" in result else "")
+    )
+
+
+def _beside(predicted: float, measured: float, unit: float) -> str:
+    return f"{predicted / unit:,.0f}, {measured / unit:,.0f} ({predicted / measured:.2f})"
 
 
 def _place_cell(place: dict[str, Any] | None, best: tuple[str, int], tied: list[str]) -> str:
@@ -483,6 +528,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "training_cost": training_cost_section,
     "protocols": protocols_section,
     "recovery": recovery_section,
+    "plan": plan_section,
     "scan": scan_section,
     "disk": disk_section,
     "training_memory": training_memory_section,

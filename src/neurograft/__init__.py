@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from neurograft.extraction import extract as extract
     from neurograft.organ import Organ as Organ
     from neurograft.organ import read_manifest
+    from neurograft.placement.proposal import plan as plan
     from neurograft.placement.scan import scan as scan
     from neurograft.recovery import recover as recover
     from neurograft.removal import remove as remove
@@ -41,6 +42,7 @@ _HOMES = {
     "extract": "extraction:extract",
     "graft": "surgery:graft",
     "inspect": "organ:read_manifest",
+    "plan": "placement.proposal:plan",
     "recover": "recovery:recover",
     "remove": "removal:remove",
     "report": "reporting.writing:report",

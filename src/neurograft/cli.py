@@ -249,6 +249,12 @@ def _decided_by_compare() -> Collection[str]:
     return DECIDED_BY_COMPARE
 
 
+def _decided_by_plan() -> Collection[str]:
+    from neurograft.training.search import DECIDED_BY_PLAN
+
+    return DECIDED_BY_PLAN
+
+
 def _signature_with_options(command: Callable[..., None], without: Collection[str]) -> introspection.Signature:
     """Return a command's signature with `**options` replaced.
 
@@ -279,6 +285,65 @@ def _signature_with_options(command: Callable[..., None], without: Collection[st
             )
         )
     return own.replace(parameters=parameters)
+
+
+@app.command()
+@partial(_WithTrainingOptions, without=_decided_by_plan)
+def plan(
+    model: Model,
+    data: Annotated[
+        list[str],
+        typer.Option("--data", metavar="PATH", help="Domain text, as for train. Repeatable."),
+    ],
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--budget",
+            metavar="NAME=AMOUNT",
+            help="A limit: tokens, seconds, memory (beyond the model) or bytes (of the file): memory=2GB. Repeatable.",
+        ),
+    ] = None,
+    eval_data: Annotated[
+        list[str] | None,
+        typer.Option("--eval-data", metavar="PATH", help="Held-out text; else a share of the documents."),
+    ] = None,
+    trials: Annotated[int, typer.Option("--trials", min=1, help="How many ranges of layers are tried.")] = 6,
+    trial_tokens: Annotated[
+        int | None,
+        typer.Option("--trial-tokens", min=1, help="Training tokens of each [default: a sixteenth of the tokens]."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the report there too, as JSON.")
+    ] = None,
+    text_column: TextColumn = "text",
+    document_separator: Separator = None,
+    encoding: Encoding = "utf-8",
+    overwrite: Overwrite = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+    **options: Any,
+) -> None:
+    """Propose layers, how many, mode and protocol for a new organ, and predict what training it costs."""
+    with _running(as_json, "reading the text") as screen:
+        from neurograft import render
+        from neurograft.placement import proposal
+
+        report = proposal.plan(
+            model,
+            data=data,
+            budget=budget or [],
+            eval_data=eval_data or None,
+            trials=trials,
+            trial_tokens=trial_tokens,
+            output=output,
+            text_column=text_column,
+            document_separator=document_separator,
+            encoding=encoding,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
+        screen.result(report, lambda: render.plan(report))
 
 
 @app.command()

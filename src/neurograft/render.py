@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from neurograft.compat import CheckReport
     from neurograft.evaluation import EvaluationReport
     from neurograft.manifest import Manifest, SurgicalRecord
+    from neurograft.placement.proposal import PlanReport, Proposal
     from neurograft.placement.results import Place, ScanReport
     from neurograft.removal import Removal
     from neurograft.reporting.writing import ReportWritten
@@ -255,6 +256,37 @@ def _scan_sentences(report: ScanReport) -> Iterable[str]:
         f"{report.layer_passes / max(report.layer_passes_from_scratch, 1):.0%} of the layer passes of measuring each "
         f"place by itself, {report.seconds:.0f} s"
     )
+
+
+def plan(report: PlanReport) -> RenderableType:
+    """Render what `plan` proposes: each organ that was tried, what it will cost, and what to run."""
+    table = Table(
+        title=Text(
+            f"{report.model}, {report.tokens:,} training tokens: predicted costs, and held-out perplexity after "
+            f"{report.trial_tokens:,} (untrained {report.untrained:.2f})"
+        ),
+        title_justify="left",
+    )
+    for column in ("layers", "protocol", "seconds", "memory", "file", "perplexity"):
+        table.add_column(column, justify="left" if column == "protocol" else "right")
+    for proposal in report.proposals:
+        table.add_row(*_proposal_cells(proposal), style="bold green" if proposal == report.best else "")
+    if report.paper not in report.proposals:
+        table.add_row(*_proposal_cells(report.paper), style="dim")
+    commands = [Text(command, no_wrap=False) for command in report.commands]
+    return Group(table, Text("to train the first of them:"), *commands)
+
+
+def _proposal_cells(proposal: Proposal) -> list[str]:
+    cost = proposal.cost
+    return [
+        proposal.layers,
+        proposal.protocol,
+        f"{cost.seconds:,.0f}",
+        human_bytes(cost.memory),
+        human_bytes(cost.bytes),
+        "not tried" if proposal.trial is None else f"{proposal.trial:.2f}",
+    ]
 
 
 def comparison(report: Comparison, output: str) -> RenderableType:

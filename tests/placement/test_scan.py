@@ -336,13 +336,20 @@ class TestRecord:
         manifest = read_organ(tmp_path / "organ.safetensors").manifest
         assert manifest.scans[0].position == 5 and manifest.recommended_position == 3
 
+    def test_further_training_makes_it_void(self, organ_file: Path, recipient: Path, text: Path) -> None:
+        scan(organ_file, recipient, data=text, positions=[2], modes="insert", max_tokens=300, record=True)
+        assert len(read_organ(organ_file).manifest.scans) == 1
+        trained = neurograft.train(organ_file, host=recipient, data=text, at=2, steps=1, sequence_length=32)
+        assert trained.manifest.scans == []
+
     def test_another_file_meanwhile(
         self, organ_file: Path, recipient: Path, text: Path, donor: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        report = scan(organ_file, recipient, data=text, positions=[2], modes="insert")
+        scanned = read_organ(organ_file)
+        report = scan(scanned, recipient, data=text, positions=[2], modes="insert")
         extract(donor, layers=(1, 3), name="another", output=organ_file, overwrite=True)
-        with pytest.raises(VerificationError, match="holds another now, and tiny was scanned"):
-            recording.record_scan(organ_file, report, neurograft.models.resolve(recipient))
+        with pytest.raises(VerificationError, match="does not hold any more what was scanned"):
+            recording.record_scan(organ_file, scanned, report, neurograft.models.resolve(recipient))
 
 
 @pytest.fixture(scope="module")

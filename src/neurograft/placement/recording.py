@@ -14,7 +14,9 @@ from neurograft.placement.results import Place, ScanReport
 from neurograft.studies import studying
 
 
-def record_scan(path: Path, report: ScanReport, directory: ModelDirectory, *, trust_remote_code: bool = False) -> Organ:
+def record_scan(
+    path: Path, scanned: Organ, report: ScanReport, directory: ModelDirectory, *, trust_remote_code: bool = False
+) -> Organ:
     """Add a scan to an organ's file, and let the organ recommend the best place; its tensors stay as they are.
 
     A recommended position is one of the donor. Where the recipient's layers can be matched with the donor's by their
@@ -22,6 +24,7 @@ def record_scan(path: Path, report: ScanReport, directory: ModelDirectory, *, tr
 
     Args:
         path: The organ's file.
+        scanned: The organ that was read from it.
         report: The scan.
         directory: The recipient.
         trust_remote_code: See `neurograft.models.resolve`.
@@ -34,8 +37,8 @@ def record_scan(path: Path, report: ScanReport, directory: ModelDirectory, *, tr
         VerificationError: Its tensors are not those that were scanned.
     """
     organ = open_organ(path)
-    if organ.name != report.organ:
-        raise VerificationError(f"{path} holds {organ.name} now, and {report.organ} was scanned; nothing was recorded.")
+    if organ.manifest.tensors_digest != scanned.manifest.tensors_digest:
+        raise VerificationError(f"{path} does not hold any more what was scanned; nothing was recorded in it.")
     with studying():
         checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
         alignment = align(organ, checkpoint)

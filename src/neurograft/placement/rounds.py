@@ -53,6 +53,19 @@ class Budget:
     tokens: int | None
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How a scan is made; `scan` says what each means."""
+
+    prune: Prune
+    max_tokens: int
+    budget: Budget
+    recover_tokens: int | None
+    sequence_length: int
+    batch_size: int
+    seed: int
+
+
 class Rounds:
     """Runs a scan's rounds.
 
@@ -62,11 +75,7 @@ class Rounds:
         samples: The text; the first one decides what is best.
         folder: Where the state is kept.
         state: What an interrupted scan left.
-        prune: See `scan`.
-        batch_size: Windows run together.
-        budget: What it may cost.
-        recover_tokens: Tokens of the recovery at each place.
-        seed: Of the bootstrap.
+        settings: How it is made.
         progress: Called after each piece of work.
     """
 
@@ -77,17 +86,12 @@ class Rounds:
         samples: Sequence[Sample],
         folder: ScanFolder,
         state: ScanState,
+        settings: Settings,
         *,
-        prune: Prune,
-        batch_size: int,
-        budget: Budget,
-        recover_tokens: int,
-        seed: int,
-        progress: Callable[[ScanProgress], None] | None,
+        progress: Callable[[ScanProgress], None] | None = None,
     ) -> None:
         self.engine, self.samples, self.folder, self.state = engine, list(samples), folder, state
-        self.prune, self.batch_size, self.budget, self.seed = prune, batch_size, budget, seed
-        self.recover_tokens, self.progress = recover_tokens, progress
+        self.settings, self.budget, self.progress = settings, settings.budget, progress
         state.kernels = engine.kernels
         self.candidates = list(candidates)
         self.live = sorted(candidates)
@@ -129,8 +133,8 @@ class Rounds:
             KeyboardInterrupt: Interrupted; its message says how to go on.
         """
         try:
-            if self.recover_tokens:
-                self._recover()
+            if self.settings.recover_tokens:
+                self._recover(self.settings.recover_tokens)
             for number in range(self.count):
                 if number < len(self.state.rounds):
                     self._replay(number, self.state.rounds[number])
@@ -140,22 +144,22 @@ class Rounds:
         except KeyboardInterrupt as interrupt:
             self._save()
             where = f"in round {len(self.state.rounds) + 1} of {self.count}"
-            if self.recover_tokens and self.state.unrecovered is None:
+            if self.settings.recover_tokens and self.state.unrecovered is None:
                 where = "while organs recovered"
             raise KeyboardInterrupt(f"the scan stopped {where}; the same command goes on from there") from interrupt
 
-    def _recover(self) -> None:
+    def _recover(self, tokens: int) -> None:
         """Train the organ at each place; where the budget does not allow all, at places spread over all positions."""
         if self.state.unrecovered is None:
             order = spread_out(self.live)
             missing = [candidate for candidate in order if not self.folder.weights_path(candidate).is_file()]
             if self.budget.tokens is not None:
                 allowed = int(self.budget.tokens * _RECOVERY_SHARE) - self.state.recovered
-                missing = missing[: max(allowed // self.recover_tokens, 0)]
+                missing = missing[: max(allowed // tokens, 0)]
             done = len(order) - len(missing)
             for candidate, data in self.engine.recover(missing):
                 self.folder.keep_weights(candidate, data)
-                self.state.recovered += self.recover_tokens
+                self.state.recovered += tokens
                 done += 1
                 self._report(0, done, len(order))
                 if self.budget.seconds is not None and self.seconds > _RECOVERY_SHARE * self.budget.seconds:
@@ -202,7 +206,7 @@ class Rounds:
                 places,
             )
             for text, sample in enumerate(self.samples)
-            for batch, places in enumerate(sample.batches(number, self.batch_size))
+            for batch, places in enumerate(sample.batches(number, self.settings.batch_size))
         ]
 
     def _afford(self, number: int) -> dict[str, Stopped] | None:
@@ -301,7 +305,7 @@ class Rounds:
 
     def _decide(self) -> dict[str, Stopped]:
         """Say which places drop out after a round, and why."""
-        if self.prune == "never" or len(self.live) < 2:
+        if self.settings.prune == "never" or len(self.live) < 2:
             return {}
         order, windows = self._ranked(), self.done[0]
         limits = ratio_intervals(
@@ -309,12 +313,12 @@ class Rounds:
             self.by_unit(0, order[0], windows),
             self.unit_tokens(0, windows),
             error=among(len(self.candidates) - 1),
-            seed=self.seed,
+            seed=self.settings.seed,
         )
         dropped: dict[str, Stopped] = {
             candidate.label: "worse" for candidate, low in zip(order[1:], limits.low, strict=True) if low > 1
         }
-        if self.prune == "halving":
+        if self.settings.prune == "halving":
             keep = max(2, -(-len(order) // 2))
             left = [candidate for candidate in order if candidate.label not in dropped]
             dropped.update({candidate.label: "halved" for candidate in left[keep:]})

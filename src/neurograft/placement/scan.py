@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -31,7 +31,7 @@ from neurograft.placement.grafts import plan_places
 from neurograft.placement.recording import record_scan
 from neurograft.placement.recovering import Recovering
 from neurograft.placement.results import ScanReport
-from neurograft.placement.rounds import Budget, Prune, Rounds, ScanProgress
+from neurograft.placement.rounds import Budget, Prune, Rounds, ScanProgress, Settings
 from neurograft.placement.sampling import draw_sample
 from neurograft.placement.scan_report import build_report
 from neurograft.placement.scan_state import ScanFolder
@@ -149,42 +149,27 @@ def scan(
     )
     blocked = case.blocked(candidates)
     length = fit_sequence_length(sequence_length, DEFAULT_LENGTH, case.config, directory.name)
+    budget = Budget(budget_seconds, budget_tokens)
+    settings = Settings(prune, max_tokens, budget, recover_tokens, length, batch_size, seed)
     samples = [
         draw_sample(name, documents, case.tokenizer, max_tokens=max_tokens, sequence_length=length, seed=seed)
         for name, documents in texts.measured.items()
     ]
-    recovering = _recovering(texts, recover_tokens, seed, case.config, directory.name)
-    settings = {
-        "places": [candidate.label for candidate in candidates], "prune": prune, "max_tokens": max_tokens,
-        "budget": [budget_seconds, budget_tokens], "recover_tokens": recover_tokens, "sequence_length": length,
-        "batch_size": batch_size, "seed": seed,
-    }  # fmt: skip
-    folder = ScanFolder(_key(organ, directory, texts, settings))
-    state = folder.load()
     setup = Setup(
         recipient=reference_of(directory, str(recipient)),
         organ=organ,
         candidates=[candidate for candidate in candidates if candidate not in blocked],
         padding=text_data.separator_token(case.tokenizer),
-        recovering=recovering,
+        recovering=_recovering(texts, recover_tokens, seed, case.config, directory.name),
         trust_remote_code=trust_remote_code,
     )
+    folder = ScanFolder(_key(setup, directory, texts, settings))
+    state = folder.load()
     worker = open_engine(engine, setup, state.kernels, folder, workers=workers, address=address)
-    blocked |= worker.blocked
     try:
-        rounds = Rounds(
-            worker,
-            [candidate for candidate in candidates if candidate not in blocked],
-            samples,
-            folder,
-            state,
-            prune=prune,
-            batch_size=batch_size,
-            budget=Budget(budget_seconds, budget_tokens),
-            recover_tokens=recover_tokens or 0,
-            seed=seed,
-            progress=progress,
-        )
+        blocked |= worker.blocked
+        left = [candidate for candidate in candidates if candidate not in blocked]
+        rounds = Rounds(worker, left, samples, folder, state, settings, progress=progress)
         rounds.run()
     finally:
         worker.close()
@@ -195,19 +180,12 @@ def scan(
         recipient=directory.name,
         layer_count=case.layer_count,
         fingerprints={name: text_data.fingerprint(documents) for name, documents in texts.measured.items()},
-        settings={
-            "prune": prune,
-            "recover_tokens": recover_tokens,
-            "sequence_length": length,
-            "max_tokens": max_tokens,
-            "seed": seed,
-        },
     )
     if output is not None:
         with atomic_file(Path(output), overwrite=overwrite) as temporary:
             temporary.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
     if record and path is not None:
-        record_scan(path, report, directory, trust_remote_code=trust_remote_code)
+        record_scan(path, organ, report, directory, trust_remote_code=trust_remote_code)
     folder.clear()
     return report
 
@@ -326,15 +304,16 @@ def _recovering(texts: _Texts, tokens: int | None, seed: int, config: Any, name:
     return Recovering(Texts(*parts), fit_to_model(options, config, name))
 
 
-def _key(organ: Organ, directory: ModelDirectory, texts: _Texts, settings: dict[str, Any]) -> str:
+def _key(setup: Setup, directory: ModelDirectory, texts: _Texts, settings: Settings) -> str:
     """Return a digest of everything that decides what a scan comes to."""
     files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in directory.path.iterdir() if f.is_file())
     parts = {
-        "organ": combine_digests({name: tensor_digest(tensor) for name, tensor in organ.tensors.items()}),
+        "organ": combine_digests({name: tensor_digest(tensor) for name, tensor in setup.organ.tensors.items()}),
         "recipient": [str(directory.path), directory.revision, files],
         "texts": {name: text_data.fingerprint(documents) for name, documents in texts.measured.items()},
         "recovery": text_data.fingerprint(texts.recovery),
-        "settings": settings,
+        "places": [candidate.label for candidate in setup.candidates],
+        "settings": asdict(settings),
         "versions": versions(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -26,7 +26,6 @@ def build_report(
     recipient: str,
     layer_count: int,
     fingerprints: Mapping[str, str],
-    settings: Mapping[str, Any],
 ) -> ScanReport:
     """Reduce what was measured to perplexities, ratios, intervals and a best place.
 
@@ -37,7 +36,6 @@ def build_report(
         recipient: The recipient's name.
         layer_count: L.
         fingerprints: Name of a text -> digest of its documents.
-        settings: Fields of the report that say how it was made.
     """
     table = _Table(rounds)
     best = table.best
@@ -69,7 +67,11 @@ def build_report(
         tokens_run=rounds.state.tokens + rounds.state.recovered,
         seconds=round(rounds.state.seconds, 2),
         versions=versions(),
-        **settings,
+        prune=rounds.settings.prune,
+        recover_tokens=rounds.settings.recover_tokens,
+        sequence_length=rounds.settings.sequence_length,
+        max_tokens=rounds.settings.max_tokens,
+        seed=rounds.settings.seed,
     )
 
 
@@ -126,7 +128,7 @@ class _Table:
                 self._rounds.by_unit(text, None if alone else self.best, windows),
                 self._rounds.unit_tokens(text, windows),
                 error=error,
-                seed=self._rounds.seed,
+                seed=self._rounds.settings.seed,
             )
             for candidate, *values in zip(group, limits.ratio, limits.low, limits.high, strict=True):
                 found[candidate] = (float(values[0]), float(values[1]), float(values[2]))

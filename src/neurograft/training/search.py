@@ -34,6 +34,20 @@ DECIDED_BY_COMPARE = frozenset(
         "log_dir",
     }
 )
+# Options of `train` that `plan` decides, or that have no meaning for it.
+DECIDED_BY_PLAN = frozenset(
+    {
+        "protocol",
+        "at",
+        "rank",
+        "max_tokens",
+        "epochs",
+        "steps",
+        "log_to",
+        "log_dir",
+        "checkpoint_every",
+    }
+)
 # Options that are the same for every method, so that all see the same text in the same batches and are evaluated alike.
 SHARED_OPTIONS = (DECIDED_BY_COMPARE - {"lr"}) | {
     "sequence_length",

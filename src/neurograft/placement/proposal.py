@@ -1,0 +1,409 @@
+"""Propose which layers to take for a new organ, how many and how to train them, and say what it will cost."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from neurograft.anatomy import describe
+from neurograft.errors import ModelError, UsageError
+from neurograft.extraction import extract, parse_layers
+from neurograft.files import atomic_file, check_output_file, human_bytes
+from neurograft.identity import as_identity
+from neurograft.layer_weights import to_disk
+from neurograft.manifest import Mode
+from neurograft.models import ModelDirectory, load_config, load_model, load_tokenizer, resolve
+from neurograft.placement.costs import Cost, Measured, measure, predict, restored
+from neurograft.placement.signals import layer_signals
+from neurograft.surgery import attach, detach
+from neurograft.training.loop import Batches, Trainee, TrainingRun
+from neurograft.training.options import TrainingOptions, fit_to_model, parse_options
+from neurograft.training.protocols import read_texts
+from neurograft.training.search import DECIDED_BY_PLAN
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+log = logging.getLogger("neurograft")
+
+Paths = str | Path | Sequence[str | Path]
+_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+_AMOUNT = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]?)b?\s*$", re.IGNORECASE)
+_LIMITS = ("tokens", "seconds", "memory", "bytes")
+_COUNTS = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
+_TRIAL_SHARE = 16
+# Identities are found by trying each tensor, which takes too long for more layers.
+_INSERTED_AT_MOST = 6
+
+
+class _Result(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Proposal(_Result):
+    """One organ that could be trained."""
+
+    layers: str
+    """`START:STOP`, half-open from 0; of `insert`, where the copies come from."""
+    protocol: Literal["in_place", "insert"]
+    mode: Mode
+    position: int
+    cost: Cost
+    """What training it on all of the tokens will cost."""
+    gradient: float
+    """Summed squared gradient of its layers, in nats squared."""
+    trial: float | None
+    """Held-out perplexity after a few steps; `None` where it was not tried."""
+
+    @property
+    def count(self) -> int:
+        """K."""
+        start, _, stop = self.layers.partition(":")
+        return int(stop) - int(start)
+
+
+class PlanReport(_Result):
+    """What `plan` found."""
+
+    model: str
+    layer_count: int
+    tokens: int
+    """Training tokens that costs are predicted for."""
+    steps: int
+    trial_tokens: int
+    budget: dict[str, float]
+    untrained: float
+    """Held-out perplexity of the model as it is."""
+    gradients: list[float]
+    """For each layer the mean squared norm of its gradient on the text, in nats squared."""
+    influence: list[float]
+    """For each layer 1 less the mean cosine between what enters and what leaves it."""
+    best: Proposal
+    """The one with the lowest perplexity after the trial."""
+    proposals: list[Proposal]
+    """All that were tried, the best first."""
+    paper: Proposal
+    """The paper's choice, three layers from floor(L/3), for comparison; it may exceed the budget."""
+    seconds: float
+    """That planning took, loading not counted."""
+    commands: list[str]
+    """What to run."""
+
+
+PlanProgress = Callable[[str], None]
+
+
+def plan(
+    model: str | Path,
+    *,
+    data: Paths,
+    budget: Sequence[str] | Mapping[str, float] = (),
+    eval_data: Paths | None = None,
+    trials: int = 6,
+    trial_tokens: int | None = None,
+    output: str | Path | None = None,
+    text_column: str = "text",
+    document_separator: str | None = None,
+    encoding: str = "utf-8",
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: PlanProgress | None = None,
+    **options: Any,
+) -> PlanReport:
+    """Propose layers, how many, mode and protocol for a new organ, and predict what training it costs.
+
+    A few real steps at both ends of the model tell what every range of layers costs. Of the ranges that the budget
+    allows, the paper's, some in the middle and those with the largest gradients on the text are trained for a short
+    while, and the one that learns most is proposed.
+
+    Args:
+        model: The host: a local transformers directory, a `.gguf` file or a Hub id.
+        data: Files, folders or a Hub dataset id with the domain's text; see `neurograft.data.read_documents`.
+        budget: Limits, as `NAME=AMOUNT` or a mapping: `tokens` to train on (left out, one pass through the text),
+            `seconds` of training, `memory` beyond the host in bytes, `bytes` of the organ's file. Amounts may end in k,
+            M or G.
+        eval_data: Held-out text; left out, a share of the documents of `data` is kept for it.
+        trials: How many ranges are tried.
+        trial_tokens: Tokens that each is trained on; left out, a sixteenth of the tokens.
+        output: File to write the report to, as JSON.
+        text_column: Column that holds the text, in tables.
+        document_separator: What separates documents in `.txt` files, instead of blank lines.
+        encoding: Encoding of text files.
+        overwrite: Whether an existing `output` may be replaced.
+        trust_remote_code: See `neurograft.models.resolve`.
+        progress: Called with what is being done.
+        **options: Fields of `TrainingOptions` that the training will have, such as `sequence_length`, `batch_size`.
+
+    Raises:
+        UsageError: An option or limit is wrong, the output exists, or no organ keeps to the budget.
+        ModelError, DataError: The model or text can't be read.
+    """
+    limits = parse_budget(budget)
+    chosen = _options(options, limits)
+    if trials < 1 or (trial_tokens is not None and trial_tokens < 1):
+        raise UsageError("--trials and --trial-tokens must be above 0.")
+    directory = resolve(model, trust_remote_code=trust_remote_code)
+    if output is not None:
+        check_output_file(Path(output), overwrite=overwrite, inputs=[directory.path])
+    reading = {"text_column": text_column, "document_separator": document_separator, "encoding": encoding}
+    texts = read_texts(data, eval_data, chosen, reading)
+    chosen = fit_to_model(chosen, load_config(directory, trust_remote_code=trust_remote_code), directory.name)
+    tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
+    batches = Batches.build(texts, tokenizer, chosen)
+    if len(batches.training.input_ids) < batches.batch_size:
+        raise UsageError("there is too little text for one batch; give more, or a smaller --batch-size.")
+    log.info("loading %s", directory.name)
+    loaded = load_model(directory, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    torch.nn.Module.to(loaded, torch.accelerator.current_accelerator() or torch.device("cpu"))
+    case = _Case(loaded, directory, batches, chosen, limits, trust_remote_code, progress)
+    report = case.plan(str(model), tokenizer, texts, trials, trial_tokens)
+    if output is not None:
+        with atomic_file(Path(output), overwrite=overwrite) as temporary:
+            temporary.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def parse_budget(budget: Sequence[str] | Mapping[str, float]) -> dict[str, float]:
+    """Read limits such as `memory=2GB`.
+
+    Raises:
+        UsageError: One can't be read, has another name or is given twice.
+    """
+    if isinstance(budget, Mapping):
+        budget = [f"{name}={value:f}" for name, value in budget.items()]
+    limits: dict[str, float] = {}
+    for text in budget:
+        name, _, amount = text.partition("=")
+        match = _AMOUNT.match(amount)
+        if name not in _LIMITS or match is None or float(match[1]) <= 0:
+            raise UsageError(
+                f"the budget {text!r} can't be read; write NAME=AMOUNT with {', '.join(_LIMITS)}, such as memory=2GB."
+            )
+        if name in limits:
+            raise UsageError(f"the budget of {name} is given twice.")
+        limits[name] = float(match[1]) * _UNITS[match[2].lower()]
+    return limits
+
+
+def _options(options: dict[str, Any], limits: Mapping[str, float]) -> TrainingOptions:
+    for name in DECIDED_BY_PLAN:
+        if options.get(name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')} has no meaning here: plan decides it, or --budget does.")
+    tokens = {"max_tokens": int(limits["tokens"])} if "tokens" in limits else {}
+    return parse_options(**options, **tokens)
+
+
+@dataclass
+class _Case:
+    """A host, a text and a budget."""
+
+    model: PreTrainedModel
+    directory: ModelDirectory
+    batches: Batches
+    options: TrainingOptions
+    limits: dict[str, float]
+    trust_remote_code: bool
+    progress: PlanProgress | None
+
+    def __post_init__(self) -> None:
+        path = describe(self.model).layers_path
+        self.layers: list[nn.Module] = list(self.model.get_submodule(path).children())
+        stored = _stored_dtype(self.directory)
+        disk = to_disk(self.model, range(len(self.layers)))
+        self._sizes = [0] * len(self.layers)
+        for name, tensor in disk.items():
+            width = stored.itemsize if tensor.is_floating_point() else tensor.element_size()
+            self._sizes[int(name.split(".")[1])] += tensor.numel() * width
+
+    def plan(self, reference: str, tokenizer: Any, texts: Any, trials: int, trial_tokens: int | None) -> PlanReport:
+        """Measure, choose, try."""
+        started = time.monotonic()
+        self._say("measuring a few steps at both ends of the model")
+        measured = measure(self.model, self.layers, self.batches, self.options)
+        self._say("measuring gradients and influence of all layers")
+        arithmetic = TrainingRun(
+            self.model, Trainee.of_layers(self.layers[-1:], len(self.layers) - 1), self.batches,
+            self.options.model_copy(update={"cache_prefix": "never"}),
+        ).arithmetic  # fmt: skip
+        gradients, influence = layer_signals(self.model, self.layers, self.batches, arithmetic)
+        paper_range = parse_layers("auto", len(self.layers))
+        paper = self._proposal(measured, gradients, paper_range, inserted=False)
+        possible = [
+            proposal
+            for count in [*(count for count in _COUNTS if count < len(self.layers)), len(self.layers)]
+            for start in range(len(self.layers) - count + 1)
+            if self._fits(proposal := self._proposal(measured, gradients, range(start, start + count), inserted=False))
+        ]
+        if not possible:
+            cheapest = self._proposal(
+                measured, gradients, range(len(self.layers) - 1, len(self.layers)), inserted=False
+            )
+            raise UsageError(
+                f"no organ keeps to the budget: the cheapest, layers {cheapest.layers}, takes about "
+                f"{cheapest.cost.seconds:.0f} s, {human_bytes(cheapest.cost.memory)} of memory and a file of "
+                f"{human_bytes(cheapest.cost.bytes)}."
+            )
+        tokens = self.batches.steps * self.batches.step_size * self.batches.training.input_ids.shape[1]
+        few = trial_tokens or max(tokens // _TRIAL_SHARE, 1)
+        trial = self.options.model_copy(
+            update={"max_tokens": few, "epochs": None, "steps": None, "evaluations": 1, "patience": 2, "strength": 1.0}
+        )
+        few_batches = Batches.build(texts, tokenizer, trial)
+        tried, untrained = [], math.nan
+        for number, proposal in enumerate(shortlist(possible, trials, len(self.layers))):
+            self._say(f"trying layers {proposal.layers} in place ({number + 1})")
+            untrained, perplexity = self._try(few_batches, trial, proposal)
+            tried.append(proposal.model_copy(update={"trial": perplexity}))
+        tried += self._try_inserted(measured, gradients, few_batches, trial, tried)
+        tried.sort(key=lambda proposal: proposal.trial or math.inf)
+        paper = next((p for p in tried if (p.layers, p.protocol) == (paper.layers, paper.protocol)), paper)
+        return PlanReport(
+            model=self.directory.name,
+            layer_count=len(self.layers),
+            tokens=tokens,
+            steps=self.batches.steps,
+            trial_tokens=few_batches.steps * few_batches.step_size * few_batches.training.input_ids.shape[1],
+            budget=self.limits,
+            untrained=untrained,
+            gradients=gradients,
+            influence=influence,
+            best=tried[0],
+            proposals=tried,
+            paper=paper,
+            seconds=round(time.monotonic() - started, 1),
+            commands=_commands(reference, tried[0], tokens, self.options),
+        )
+
+    def _say(self, text: str) -> None:
+        log.info(text)
+        if self.progress is not None:
+            self.progress(text)
+
+    def _proposal(self, measured: Measured, gradients: list[float], layers: range, *, inserted: bool) -> Proposal:
+        size = sum(self._sizes[number] for number in layers)
+        cost = predict(
+            measured, self.batches, self.options, start=layers.start, count=len(layers), inserted=inserted, size=size
+        )
+        return Proposal(
+            layers=f"{layers.start}:{layers.stop}",
+            protocol="insert" if inserted else "in_place",
+            mode="insert" if inserted else "replace",
+            position=layers.start,
+            cost=cost,
+            gradient=sum(gradients[number] for number in layers),
+            trial=None,
+        )
+
+    def _fits(self, proposal: Proposal) -> bool:
+        cost = proposal.cost
+        found = {"seconds": cost.seconds, "memory": cost.memory, "bytes": cost.bytes}
+        return all(value <= self.limits.get(name, math.inf) for name, value in found.items())
+
+    def _try(self, batches: Batches, options: TrainingOptions, proposal: Proposal) -> tuple[float, float]:
+        """Train a proposed organ for a short while; return the held-out perplexity before and after."""
+        chosen = self.layers[proposal.position : proposal.position + proposal.count]
+        with restored(chosen):
+            return self._train(batches, options, chosen, proposal.position)
+
+    def _train(
+        self, batches: Batches, options: TrainingOptions, layers: Sequence[nn.Module], position: int
+    ) -> tuple[float, float]:
+        run = TrainingRun(self.model, Trainee.of_layers(layers, position), batches, options)
+        run.train()
+        self.model.requires_grad_(False)
+        losses = [loss for _, loss in run.state.held_out]
+        return math.exp(min(losses[0], 700)), math.exp(min(losses[run.state.best], 700))
+
+    def _try_inserted(
+        self,
+        measured: Measured,
+        gradients: list[float],
+        batches: Batches,
+        options: TrainingOptions,
+        tried: Sequence[Proposal],
+    ) -> list[Proposal]:
+        """Try the best of the smaller organs as identities inserted at its place, if that keeps to the budget."""
+        small = [proposal for proposal in tried if proposal.count <= _INSERTED_AT_MOST]
+        if not small:
+            return []
+        best = min(small, key=lambda proposal: proposal.trial or math.inf)
+        layers = range(best.position, best.position + best.count)
+        proposal = self._proposal(measured, gradients, layers, inserted=True)
+        if not self._fits(proposal):
+            return []
+        self._say(f"trying layers {proposal.layers} inserted as identities")
+        try:
+            organ = as_identity(
+                extract(self.directory.path, layers=layers, verify="bytes", trust_remote_code=self.trust_remote_code)
+            )
+        except ModelError as error:
+            log.info("insert is not tried: %s", error)
+            return []
+        attachment = attach(self.model, organ, at=layers.start, mode="insert", verify=False)
+        try:
+            _, perplexity = self._train(batches, options, attachment.layers, layers.start)
+        finally:
+            detach(self.model)
+        return [proposal.model_copy(update={"trial": perplexity})]
+
+
+def shortlist(possible: Sequence[Proposal], trials: int, layer_count: int) -> list[Proposal]:
+    """Choose what to try.
+
+    Gradients are largest at the two ends of a model, and a late organ costs least, so by them alone the middle, where
+    organs often learn most, would never be tried. So the paper's choice comes first, then the longest ranges from a
+    third and from half of the layers on, and then, of each number of layers, the range with the largest gradients.
+
+    Args:
+        possible: All that keep to the budget.
+        trials: How many are chosen at most.
+        layer_count: L.
+    """
+    auto = parse_layers("auto", layer_count)
+    chosen = [proposal for proposal in possible if proposal.layers == f"{auto.start}:{auto.stop}"]
+    for start in (layer_count // 3, layer_count // 2):
+        chosen += sorted((p for p in possible if p.position == start), key=lambda p: -p.count)[:1]
+    best: dict[int, Proposal] = {}
+    for proposal in possible:
+        known = best.get(proposal.count)
+        if known is None or proposal.gradient > known.gradient:
+            best[proposal.count] = proposal
+    chosen += sorted(best.values(), key=lambda proposal: -proposal.gradient)
+    return list({proposal.layers: proposal for proposal in chosen}.values())[:trials]
+
+
+def _stored_dtype(directory: ModelDirectory) -> torch.dtype:
+    """Return the dtype in which the host's layers are stored, which is what an organ's file takes over."""
+    from safetensors import safe_open
+
+    for path in sorted(directory.path.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as stream:
+            for name in stream.keys():  # noqa: SIM118 (not a mapping)
+                piece = stream.get_slice(name)
+                if len(piece.get_shape()) == 2:
+                    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(piece.get_dtype(), torch.float32)
+    return torch.float32
+
+
+def _commands(reference: str, best: Proposal, tokens: int, options: TrainingOptions) -> list[str]:
+    given = {
+        name: value
+        for name, value in options.model_dump(mode="json", exclude_unset=True).items()
+        if name not in DECIDED_BY_PLAN and value is not None
+    }
+    extra = "".join(f" --{name.replace('_', '-')} {value}" for name, value in given.items())
+    return [
+        f"neurograft extract {reference} --layers {best.layers} -o organ.safetensors",
+        f"neurograft train organ.safetensors --host {reference} --data DATA --protocol {best.protocol} "
+        f"--at {best.position} --max-tokens {tokens}{extra} -o trained.safetensors",
+    ]
