@@ -49,6 +49,7 @@ Recipient = Annotated[
     str, typer.Argument(metavar="RECIPIENT", help="A Hub id, a transformers directory or a .gguf file.")
 ]
 OrganFile = Annotated[Path, typer.Argument(metavar="ORGAN", help="An organ file (.safetensors).")]
+OrganFiles = Annotated[list[Path], typer.Argument(metavar="ORGAN", help="One or several organ files (.safetensors).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on standard output.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 RemoteCode = Annotated[
@@ -61,6 +62,22 @@ At = Annotated[
 ModeOption = Annotated[
     Literal["replace", "insert"] | None,
     typer.Option("--mode", help="What the organ recommends, if left out."),
+]
+AtEach = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--at",
+        help="Position: how many recipient layers stand before the organ, from 0, in the recipient as it is. With "
+        "several organs once for each, in their order.",
+    ),
+]
+ModeEach = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--mode",
+        metavar="[replace|insert]",
+        help="What the organ recommends, if left out. With several organs once, or once for each.",
+    ),
 ]
 LinkOption = Annotated[
     Literal["auto", "copy", "hard"],
@@ -428,11 +445,11 @@ def check(
 
 @app.command()
 def transplant(
-    organ: OrganFile,
+    organs: OrganFiles,
     recipient: Recipient,
     output: Annotated[Path, typer.Option("-o", "--output", help="Model directory to write.")],
-    at: At = None,
-    mode: ModeOption = None,
+    at: AtEach = None,
+    mode: ModeEach = None,
     link: LinkOption = "auto",
     verify: Annotated[
         Literal["auto", "written", "bytes", "layers"],
@@ -446,22 +463,22 @@ def transplant(
     trust_remote_code: RemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Put an organ into a copy of a recipient: a new plain transformers directory."""
+    """Put one or several organs into a copy of a recipient: a new plain transformers directory."""
     with _running(as_json, "reading the organ") as screen:
         from neurograft import render, transplantation
 
         record = transplantation.transplant(
-            organ,
+            organs,
             recipient,
-            at=at,
-            mode=mode,
+            at=at or None,
+            mode=_modes(mode),
             output=output,
             link=link,
             verify=verify,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
         )
-        screen.result(record, lambda: render.record(record, str(output)))
+        screen.result(record, lambda: render.record(record, str(output), len(organs)))
 
 
 @app.command()
@@ -664,6 +681,18 @@ def demo(
         screen.result(report, lambda: story.closing_table(report))
     if not report.passed:
         raise typer.Exit(EXIT_NO)
+
+
+def _modes(given: list[str] | None) -> Any:
+    """Return the modes as typed; typer has no repeated choices.
+
+    Raises:
+        UsageError: One has another name.
+    """
+    for mode in given or []:
+        if mode not in ("replace", "insert"):
+            raise UsageError(f"the mode is {mode!r}; it can be replace or insert.")
+    return given or None
 
 
 def _terminate(_signal: int, _frame: Any) -> None:

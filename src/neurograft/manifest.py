@@ -173,6 +173,14 @@ class Origin(_Part):
     """Digest of the layer's tensors as they are in this model; `None` if they were linked and never read."""
 
 
+class ExplantLayer(_Part):
+    """One layer in one of the explants beside a model."""
+
+    path: ExplantPath
+    """Relative to the model directory."""
+    layer: Count
+
+
 class Operation(_Part):
     """One transplant."""
 
@@ -182,14 +190,31 @@ class Operation(_Part):
     mode: Mode
     position: Count
     explant: ExplantPath | None
-    """Path, relative to the model directory, of the organ file that holds what `replace` took out."""
-    explant_origins: list[Origin]
-    """Where the layers in the explant came from."""
+    """Path, relative to the model directory, of the organ file that holds what `replace` took out; `None` after
+    `insert`, or if nothing in that file is needed any more."""
+    explant_origins: list[Origin | None]
+    """Where the layers came from in whose places the organ's stand, one after the other; `None` where there is nothing
+    to put back, because an inserted organ that had stood there is gone."""
+    explant_places: list[ExplantLayer | None] = []
+    """Which layer of which explant each of them is; left empty where they are those of `explant`, in order. Absent in
+    schema 1."""
     manifest: Manifest | None = None
     """The organ's manifest as it was put in; absent in schema 1."""
     verified: Verify = "layers"
     """How the result was checked: every byte written, also what was linked, also what each layer computes."""
     when: str
+
+    @property
+    def replaced(self) -> list[tuple[Origin, ExplantLayer] | None]:
+        """What stood in the place of each of the organ's layers, and where it is kept; empty after `insert`."""
+        places = self.explant_places or [
+            ExplantLayer(path=self.explant, layer=number) if self.explant is not None else None
+            for number in range(len(self.explant_origins))
+        ]
+        return [
+            (origin, place) if origin is not None and place is not None else None
+            for origin, place in zip(self.explant_origins, places, strict=True)
+        ]
 
 
 class ChangedLayer(_Part):

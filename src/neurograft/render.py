@@ -108,15 +108,18 @@ def check_report(report: CheckReport) -> RenderableType:
     return Group(table, verdict)
 
 
-def record(surgery: SurgicalRecord, output: str) -> RenderableType:
-    """Render what a transplant did."""
-    operation = surgery.operations[-1]
-    rows = [
-        ("organ", f"{operation.organ} {operation.organ_version}"),
-        ("done", f"{operation.mode} at position {operation.position}"),
+def record(surgery: SurgicalRecord, output: str, organs: int = 1) -> RenderableType:
+    """Render what a transplant of so many organs did."""
+    rows = []
+    for operation in reversed(surgery.operations[-organs:]):
+        rows += [
+            ("organ", f"{operation.organ} {operation.organ_version}"),
+            ("done", f"{operation.mode} at position {operation.position}"),
+            ("taken out", operation.explant or "nothing"),
+        ]
+    rows += [
         ("layers", str(len(surgery.layers))),
-        ("taken out", operation.explant or "nothing"),
-        ("verified", _VERIFIED[operation.verified]),
+        ("verified", _VERIFIED[surgery.operations[-1].verified]),
         ("tensors digest", surgery.tensors_digest or "not made: linked files were not read"),
     ]
     return facts(output, rows)
