@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from neurograft.demonstration import demo as demo
     from neurograft.evaluation import evaluate as evaluate
     from neurograft.extraction import extract as extract
+    from neurograft.merging import merge as merge
     from neurograft.organ import Organ as Organ
     from neurograft.organ import read_manifest
     from neurograft.recovery import recover as recover
@@ -39,6 +40,7 @@ _HOMES = {
     "extract": "extraction:extract",
     "graft": "surgery:graft",
     "inspect": "organ:read_manifest",
+    "merge": "merging:merge",
     "recover": "recovery:recover",
     "remove": "removal:remove",
     "train": "training.protocols:train",

@@ -482,6 +482,74 @@ def transplant(
 
 
 @app.command()
+def merge(
+    organs: OrganFiles,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Merged organ file to write (.safetensors).")],
+    method: Annotated[
+        Literal["average", "ties", "dare"],
+        typer.Option("--method", help="Mean of the weights, or of what training added: TIES, DARE."),
+    ] = "average",
+    weights: Annotated[
+        str | None,
+        typer.Option("--weights", metavar="W,W...", help="How much each organ counts, separated by commas."),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base", metavar="MODEL|ORGAN", help="What the organs were made from, untrained; for ties and dare."
+        ),
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option("--density", help="Share that is kept [default: ties 0.2, dare 0.5].")
+    ] = None,
+    scale: Annotated[
+        float | None, typer.Option("--scale", help="Multiplies what is added to the base [default: 1].")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of what dare drops [default: 0].")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the merged organ.")] = None,
+    version: Annotated[str, typer.Option("--organ-version", help="Its semantic version.")] = "0.1.0",
+    license: Annotated[str | None, typer.Option("--license", help="Its licence [default: those of all].")] = None,
+    description: Annotated[str | None, typer.Option("--description", help="One line about it.")] = None,
+    overwrite: Overwrite = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Merge organs that were made from the same layers into one organ that names its parents."""
+    with _running(as_json, "reading the organs") as screen:
+        from neurograft import merging, render
+
+        merged = merging.merge(
+            organs,
+            output=output,
+            method=method,
+            weights=_numbers(weights),
+            base=base,
+            density=density,
+            scale=scale,
+            seed=seed,
+            name=name,
+            version=version,
+            license=license,
+            description=description,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+        )
+        screen.result(merged.manifest, lambda: render.manifest(merged.manifest, output.stat().st_size))
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    """Read numbers separated by commas.
+
+    Raises:
+        UsageError: One is no number.
+    """
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"the weights {text!r} can't be read; write numbers separated by commas.") from error
+
+
+@app.command()
 def evaluate(
     model: Model,
     data: Annotated[

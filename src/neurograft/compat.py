@@ -393,6 +393,9 @@ def tokenizer_findings(ours: TokenizerFingerprint, theirs: TokenizerFingerprint)
 
 
 def _manifest_findings(manifest: Manifest) -> list[Finding]:
+    if manifest.training is None and manifest.merged is not None:
+        parents = ", ".join(parent.name for parent in manifest.merged.parents)
+        return [Finding(severity="notes", subject="training", why=f"the organ was merged from {parents}, not trained")]
     if manifest.training is None:
         return [Finding(severity="notes", subject="training", why="the organ was not trained since it was extracted")]
     if manifest.training.protocol == "standalone":

@@ -18,6 +18,7 @@ Verify = Literal["written", "bytes", "layers"]
 """How much a result is checked, each level on top of the one before; docs/disk.md says what each proves."""
 Protocol = Literal["in_place", "insert", "standalone"]
 Scope = Literal["organ", "neighbours", "seams"]
+MergeMethod = Literal["average", "ties", "dare"]
 Unfreeze = Literal["at_once", "gradual"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
 VERSION_PATTERN = r"^\d+\.\d+\.\d+([-+][0-9A-Za-z.+-]+)?$"
@@ -117,6 +118,34 @@ class Probe(_Part):
     dtype: str
 
 
+class Parent(_Part):
+    """One of the organs that an organ was merged from."""
+
+    name: Name
+    version: str
+    tensors_digest: Digest
+    """SHA-256 over the parent's tensors."""
+    file_digest: Digest | None
+    """That of its file; `None` if it never was in one."""
+    weight: Annotated[float, Field(ge=0, le=1)]
+    """How much it counted; the weights of all parents add up to 1."""
+
+
+class Merge(_Part):
+    """How an organ was merged from others."""
+
+    method: MergeMethod
+    parents: Annotated[list[Parent], Field(min_length=2)]
+    base: str | None = None
+    """Name of the model whose layers the task vectors were taken from; `None` for `average`, which has none."""
+    density: float | None = None
+    """Share of each task vector that was kept."""
+    scale: float | None = None
+    """What the merged task vector was multiplied by."""
+    seed: Count | None = None
+    """Of what `dare` dropped."""
+
+
 class Manifest(_Part):
     """The manifest of an organ, stored as JSON in the file's header under the key `neurograft`."""
 
@@ -137,6 +166,8 @@ class Manifest(_Part):
     training_history: list[Training] = []
     """The trainings before it, first to last; absent in schema 1."""
     evaluations: list[Evaluation] = []
+    merged: Merge | None = None
+    """The merge that the organ came from, if it did; what is in `training` came after it. Absent in schema 1."""
     recommended_mode: Mode
     recommended_position: Count
     probe: Probe | None = None

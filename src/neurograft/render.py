@@ -62,6 +62,9 @@ def manifest(organ: Manifest, size: int | None = None) -> RenderableType:
     for name, value in (("licence", organ.license), ("about", organ.description)):
         if value:
             rows.append((name, value))
+    if organ.merged is not None:
+        parents = (f"{parent.name} {parent.version} ({parent.weight:.0%})" for parent in organ.merged.parents)
+        rows.append(("merged", f"by {organ.merged.method} from {', '.join(parents)}"))
     if training is not None:
         rows.append(
             (

@@ -150,6 +150,7 @@ def _essence(manifest: Manifest) -> dict[str, Any]:
         "training": None,
         "training_history": [],
         "evaluations": [],
+        "merged": None,
         "probe": None,
         "tokenizer": None,
         "tensors_digest": UNSEALED,
