@@ -45,7 +45,7 @@ def test_verbs_page_is_what_help_says() -> None:
 
 def test_every_verb_has_a_section() -> None:
     page = (ROOT / "docs" / "verbs.md").read_text(encoding="utf-8")
-    verbs = "extract train inspect check transplant recover evaluate compare remove cache demo"
+    verbs = "extract train inspect check compose merge transplant recover evaluate compare remove cache demo"
     for verb in verbs.split():
         assert f"\n## {verb}\n" in page
 
@@ -117,6 +117,8 @@ FORMAT_PARTS = [
     manifest.Source,
     manifest.Training,
     manifest.Evaluation,
+    manifest.Merge,
+    manifest.Parent,
     manifest.Probe,
 ]
 

@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from neurograft.caching import cache as cache
     from neurograft.compat import check as check
+    from neurograft.composition import compose as compose
     from neurograft.demonstration import demo as demo
     from neurograft.evaluation import evaluate as evaluate
     from neurograft.extraction import extract as extract
@@ -34,6 +35,7 @@ _HOMES = {
     "cache": "caching:cache",
     "check": "compat:check",
     "compare": "training.comparison:compare",
+    "compose": "composition:compose",
     "demo": "demonstration:demo",
     "detach": "surgery:detach",
     "evaluate": "evaluation:evaluate",

@@ -444,6 +444,80 @@ def check(
 
 
 @app.command()
+def compose(
+    organs: OrganFiles,
+    recipient: Recipient,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            metavar="NAME=PATH",
+            help="A domain's text and its name. Repeatable; one name twice is one domain.",
+        ),
+    ] = None,
+    general: Annotated[
+        list[str] | None,
+        typer.Option("--general", metavar="PATH", help="Text of no organ's domain. Repeatable."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Markdown report to write (.md).")
+    ] = None,
+    at: AtEach = None,
+    mode: ModeEach = None,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(
+            "--sequence-length", min=2, help="Tokens in a window [default: 512, or as many as the model takes]."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Windows in a forward pass.")] = 8,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", min=1, help="At most this many tokens of each data set.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the bootstrap.")] = 0,
+    text_column: TextColumn = "text",
+    document_separator: Separator = None,
+    encoding: Encoding = "utf-8",
+    overwrite: Overwrite = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say whether several organs go together, and what each does alone and beside the others; exit status 1 if not."""
+    with _running(as_json, "reading the organs") as screen:
+        from neurograft import composition, render
+        from neurograft.evaluation import parse_data_arguments
+        from neurograft.progress import evaluation_line
+
+        def show(done: int, total: int) -> None:
+            if screen.status is not None:
+                screen.status.update(evaluation_line(done, total))
+
+        report = composition.compose(
+            organs,
+            recipient,
+            at=at or None,
+            mode=_modes(mode),
+            data=parse_data_arguments(data) if data else None,
+            general=general or None,
+            output=output,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            seed=seed,
+            text_column=text_column,
+            document_separator=document_separator,
+            encoding=encoding,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            progress=show,
+        )
+        document = {**report.model_dump(mode="json"), "blocked": report.blocked}
+        screen.result(document, lambda: render.composition(report))
+    if report.blocked:
+        raise typer.Exit(EXIT_NO)
+
+
+@app.command()
 def transplant(
     organs: OrganFiles,
     recipient: Recipient,

@@ -14,6 +14,7 @@ from neurograft.files import human_bytes
 if TYPE_CHECKING:
     from neurograft.caching import CacheReport
     from neurograft.compat import CheckReport
+    from neurograft.composition_report import CompositionReport
     from neurograft.evaluation import EvaluationReport
     from neurograft.manifest import Manifest, SurgicalRecord
     from neurograft.removal import Removal
@@ -109,6 +110,31 @@ def check_report(report: CheckReport) -> RenderableType:
     if not report.findings:
         return Text("fits; nothing differs", style="bold green")
     return Group(table, verdict)
+
+
+def composition(report: CompositionReport) -> RenderableType:
+    """Render what `compose` found: the stack of layers, the matrix, the findings."""
+    parts: list[RenderableType] = []
+    if report.layers:
+        parts.append(facts("layers", [("", report.stack())]))
+    if report.rows:
+        header, rows = report.table()
+        matrix = Table(title="perplexity (ratio to the recipient's, 95 % interval)", title_justify="left")
+        for number, column in enumerate(header):
+            matrix.add_column(Text(column), justify="right" if number else "left")
+        for row in rows:
+            matrix.add_row(*map(Text, row))
+        parts.append(matrix)
+    table = Table(title_justify="left")
+    for name in ("severity", "organ", "what", "why it matters"):
+        table.add_column(name, overflow="fold")
+    found = [("all", finding) for finding in report.findings]
+    found += [(organ.name, finding) for organ in report.organs for finding in organ.findings]
+    for organ, finding in found:
+        shown = Text(finding.severity, style=_COLOURS[finding.severity])
+        table.add_row(shown, Text(organ), Text(finding.subject), Text(finding.sentence().partition(": ")[2]))
+    style = "bold red" if report.blocked else "bold green"
+    return Group(*parts, *([table] if found else []), Text(report.verdict(), style=style))
 
 
 def record(surgery: SurgicalRecord, output: str, organs: int = 1) -> RenderableType:
