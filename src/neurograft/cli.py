@@ -429,6 +429,14 @@ def check(
     recipient: Recipient,
     at: At = None,
     mode: ModeOption = None,
+    alignment: Annotated[
+        Literal["auto", "measure", "skip"],
+        typer.Option(
+            "--alignment",
+            help="Whether to compare hidden states at every position, for which the recipient is loaded; auto: where "
+            "the organ has a sketch of them and the recipient is small for the machine.",
+        ),
+    ] = "auto",
     trust_remote_code: RemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -436,7 +444,9 @@ def check(
     with _running(as_json, "reading the organ") as screen:
         from neurograft import compat, render
 
-        report = compat.check(organ, recipient, at=at, mode=mode, trust_remote_code=trust_remote_code)
+        report = compat.check(
+            organ, recipient, at=at, mode=mode, alignment=alignment, trust_remote_code=trust_remote_code
+        )
         document = {**report.model_dump(mode="json"), "blocked": report.blocked}
         screen.result(document, lambda: render.check_report(report))
     if report.blocked:

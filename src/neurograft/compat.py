@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from neurograft.alignment import AlignmentCurve, alignment_findings, measure_alignment
 from neurograft.anatomy import build_skeleton
 from neurograft.checkpoint import Checkpoint, open_checkpoint
-from neurograft.errors import IncompatibleError, NeurograftError, OrganFileError
+from neurograft.errors import IncompatibleError, ModelError, NeurograftError, OrganFileError
 from neurograft.findings import Finding, Severity
 from neurograft.layer_values import count_name, read_rows
 from neurograft.layer_weights import to_disk, verify_names
 from neurograft.manifest import Manifest, Mode, TokenizerFingerprint
-from neurograft.models import resolve
+from neurograft.models import load_model, load_tokenizer, resolve
 from neurograft.number_formats import first_rows
 from neurograft.organ import Organ, config_to_json, open_organ, pieces_dtype
 from neurograft.planning import plan_graft
@@ -28,6 +30,8 @@ from neurograft.tensor_files import Piece, same_kinds, torch_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+log = logging.getLogger("neurograft")
 
 # Values that say nothing about what a layer computes.
 _IRRELEVANT = re.compile(
@@ -88,6 +92,8 @@ class CheckReport(BaseModel):
     similarity: float | None
     """Cosine similarity of the organ's weights with the recipient's layers there."""
     findings: list[Finding]
+    alignment: AlignmentCurve | None = None
+    """How alike the hidden states around the organ are, at every position; `None` where that was not measured."""
 
     @property
     def blocked(self) -> bool:
@@ -101,6 +107,7 @@ def check(
     *,
     at: int | None = None,
     mode: Mode | None = None,
+    alignment: Literal["auto", "measure", "skip"] = "auto",
     trust_remote_code: bool = False,
 ) -> CheckReport:
     """Compare an organ with a recipient, without changing either.
@@ -110,12 +117,16 @@ def check(
         recipient: A local transformers directory, a `.gguf` file or a Hub id.
         at: Position to check; left out, the one that matches by weights, else the one that the organ recommends.
         mode: `replace` or `insert`; left out, what the organ recommends.
+        alignment: Whether to load the recipient and compare the hidden states on a public text with those that the
+            organ was trained among, at every position (`neurograft.alignment`). `auto`: where the organ has a sketch
+            of these, and the recipient's weights are plain and take at most a quarter of this machine's memory.
         trust_remote_code: See `neurograft.models.resolve`.
 
     Returns:
         Every finding, those that block first.
 
     Raises:
+        UsageError: Alignment is to be measured, and the organ has no sketch.
         OrganFileError: The organ file can't be trusted.
         ModelError: The recipient can't be read or cut into layers.
     """
@@ -123,7 +134,40 @@ def check(
     directory = resolve(recipient, trust_remote_code=trust_remote_code)
     with studying():
         checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
-        return check_checkpoint(organ, checkpoint, at=at, mode=mode, trust_remote_code=trust_remote_code)[0]
+        report, _ = check_checkpoint(organ, checkpoint, at=at, mode=mode, trust_remote_code=trust_remote_code)
+    easy = organ.manifest.sketch is not None and checkpoint.runs_easily
+    if report.blocked or alignment == "skip" or (alignment == "auto" and not easy):
+        return report
+    return _with_alignment(
+        report, organ, checkpoint, trust_remote_code=trust_remote_code, needed=alignment == "measure"
+    )
+
+
+def _with_alignment(
+    report: CheckReport, organ: Organ, checkpoint: Checkpoint, *, trust_remote_code: bool, needed: bool
+) -> CheckReport:
+    """Add to a report how alike the hidden states are; a note says why where that can't be measured, and needn't be."""
+    directory = checkpoint.directory
+    try:
+        log.info("comparing hidden states in %s", directory.name)
+        model = load_model(directory, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
+        found = measure_alignment(organ, model, tokenizer, at=report.position, mode=report.mode, name=directory.name)
+    except ModelError as error:
+        if needed:
+            raise
+        return _with_findings(report, [Finding(severity="notes", subject="alignment", why=str(error).rstrip("."))])
+    return _with_findings(report.model_copy(update={"alignment": found}), alignment_findings(found))
+
+
+def _with_findings(report: CheckReport, findings: Sequence[Finding]) -> CheckReport:
+    return report.model_copy(update={"findings": _in_order([*report.findings, *findings])})
+
+
+def _in_order(findings: Sequence[Finding]) -> list[Finding]:
+    """Order findings, those that block first."""
+    order = {"blocks": 0, "risks": 1, "notes": 2}
+    return sorted(findings, key=lambda finding: order[finding.severity])
 
 
 def check_checkpoint(
@@ -157,7 +201,6 @@ def check_checkpoint(
         *_dtype_findings(organ),
         *(Finding(severity="notes", subject="recipient", why=note) for note in checkpoint.directory.notes),
     ]
-    order = {"blocks": 0, "risks": 1, "notes": 2}
     report = CheckReport(
         organ=organ.name,
         recipient=checkpoint.directory.name,
@@ -165,7 +208,7 @@ def check_checkpoint(
         mode=chosen,
         matching_position=alignment.position if alignment else None,
         similarity=round(alignment.similarity, 4) if alignment else None,
-        findings=sorted(findings, key=lambda finding: order[finding.severity]),
+        findings=_in_order(findings),
     )
     return report, None if report.blocked else study.config
 

@@ -118,6 +118,27 @@ class Probe(_Part):
     dtype: str
 
 
+class Sketch(_Part):
+    """The hidden states that entered and left an organ where it was trained, projected to a few numbers.
+
+    They are those on a public text; nothing here is of the text that the organ was trained on.
+    """
+
+    text: Digest
+    """SHA-256 of the public text."""
+    seed: int
+    """Of the fixed random directions on which states are projected."""
+    window: Annotated[int, Field(ge=1)]
+    """Tokens in a piece of the text."""
+    tokens: Count
+    """N: tokens whose states are here."""
+    width: Annotated[int, Field(ge=1, le=1024)]
+    """r: directions."""
+    entering: Annotated[str, Field(max_length=400_000)]
+    """(N, r) float16, little-endian, in base64: states scaled to a root mean square of 1, then projected."""
+    leaving: Annotated[str, Field(max_length=400_000)]
+
+
 class Parent(_Part):
     """One of the organs that an organ was merged from."""
 
@@ -172,6 +193,8 @@ class Manifest(_Part):
     recommended_position: Count
     probe: Probe | None = None
     """`None` where the layers were not asked: extracted as bytes, never run."""
+    sketch: Sketch | None = None
+    """`None` for what was not trained, or was merged since. Absent in schema 1."""
     tensors_digest: Digest
     """SHA-256 over names, dtypes, shapes and bytes of the tensors."""
     file_digest: Digest

@@ -353,6 +353,7 @@ def _describe(
         "training_history": [],
         "evaluations": [],
         "probe": _probe(organs[0], tensors),
+        "sketch": None,
         "merged": Merge(**settings, base=None if original is None else original.manifest.source.model, parents=parents),
         "tensors_digest": UNSEALED,
         "file_digest": UNSEALED,

@@ -125,7 +125,7 @@ def _operation(
         position=placement.at,
         explant=explant,
         explant_origins=list(before[placement.at : placement.stop]),
-        manifest=manifest,
+        manifest=manifest.model_copy(update={"sketch": None}),  # most of its size, and of use only in the organ file
         verified=verified,
         when=now(),
     )

@@ -12,6 +12,7 @@ from rich.text import Text
 from neurograft.files import human_bytes
 
 if TYPE_CHECKING:
+    from neurograft.alignment import AlignmentCurve
     from neurograft.caching import CacheReport
     from neurograft.compat import CheckReport
     from neurograft.composition_report import CompositionReport
@@ -25,6 +26,7 @@ _VERIFIED = {
     "bytes": "planned without weights, every byte digested",
     "layers": "planned without weights, every byte digested, every layer's answers and the KV cache compared",
 }
+_BARS = "▁▂▃▄▅▆▇█"
 _COLOURS = {"blocks": "bold red", "risks": "yellow", "notes": "dim"}
 
 
@@ -83,6 +85,8 @@ def manifest(organ: Manifest, size: int | None = None) -> RenderableType:
                 f"({evaluation.tokens:,} tokens)",
             )
         )
+    if organ.sketch is not None:
+        rows.append(("sketch", f"hidden states around it on {organ.sketch.tokens:,} tokens of a public text"))
     rows += [("created", organ.created), ("file digest", organ.file_digest)]
     return facts(f"organ {organ.name}", rows)
 
@@ -109,7 +113,25 @@ def check_report(report: CheckReport) -> RenderableType:
     verdict = Text("does not fit", style="bold red") if report.blocked else Text("fits", style="bold green")
     if not report.findings:
         return Text("fits; nothing differs", style="bold green")
+    if report.alignment is not None:
+        return Group(table, _alignment(report.alignment), verdict)
     return Group(table, verdict)
+
+
+def _alignment(found: AlignmentCurve) -> RenderableType:
+    """Draw the distance at every position as a row of bars, with the best position and the one asked for in figures."""
+    bars = "".join(_BARS[min(int(entry.distance * len(_BARS)), len(_BARS) - 1)] for entry in found.curve)
+    rows = [("at 0 to " + str(found.curve[-1].position), bars)]
+    for name, position in (("asked for", found.position), ("most alike", found.best)):
+        entry = next(entry for entry in found.curve if entry.position == position)
+        rows.append(
+            (
+                name,
+                f"{position}: {entry.verdict}, distance {entry.distance:.3f}, CKA {entry.cka_entering:.3f} entering, "
+                f"{entry.cka_leaving:.3f} leaving",
+            )
+        )
+    return facts("distance of hidden states, from 0 to 1, by position", rows)
 
 
 def composition(report: CompositionReport) -> RenderableType:

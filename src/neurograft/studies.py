@@ -152,6 +152,7 @@ def _essence(manifest: Manifest) -> dict[str, Any]:
         "evaluations": [],
         "merged": None,
         "probe": None,
+        "sketch": None,
         "tokenizer": None,
         "tensors_digest": UNSEALED,
         "file_digest": UNSEALED,

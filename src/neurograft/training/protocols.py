@@ -32,6 +32,7 @@ from neurograft.organ import (
     read_organ,
 )
 from neurograft.sharding import fill
+from neurograft.sketch import make_sketch
 from neurograft.surgery import Attachment, attach, attach_alone, give_up_replaced, tensors_of
 from neurograft.training.loop import Batches, ProgressCallback, Texts, Trainee, TrainingRun
 from neurograft.training.low_rank import LowRankChanges
@@ -194,7 +195,9 @@ def _train(
     run.train()
     if changes is not None:
         changes.merge()
-    return _trained_organ(organ, directory.name, model, attachment, texts, run)
+    trained = _trained_organ(organ, directory.name, model, attachment, texts, run)
+    sketch = make_sketch(model, tokenizer, attachment.positions, directory.name)
+    return Organ(trained.manifest.model_copy(update={"sketch": sketch}), trained.tensors)
 
 
 def tune_layers(
