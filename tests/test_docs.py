@@ -120,6 +120,7 @@ FORMAT_PARTS = [
     manifest.Merge,
     manifest.Parent,
     manifest.Probe,
+    manifest.Sketch,
 ]
 
 
