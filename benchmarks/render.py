@@ -328,6 +328,24 @@ def disk_section(result: dict[str, Any]) -> str:
     )
 
 
+def several_section(result: dict[str, Any]) -> str:
+    """Render what two organs do alone, together at different positions, and merged at one."""
+    settings = result["settings"]
+    header = ["inside", *settings["texts"]]
+
+    def cell(score: dict[str, float]) -> str:
+        return f"{score['perplexity']:,.2f} ({score['ratio']:.3f} [{score['low']:.3f}, {score['high']:.3f}])"
+
+    rows = [[row["name"], *(cell(row["scores"][name]) for name in settings["texts"])] for row in result["rows"]]
+    return (
+        f"## Several organs, and merges\n\nSmolLM2-135M-Instruct; organs of three layers trained in place on two "
+        f"domains ({settings['steps']}). Perplexity, and in parentheses its ratio to the recipient's with its 95 % "
+        f"interval over documents; about {settings['tokens']:,} tokens of each text. *Together*: clinical and dictionary, "
+        "where they were trained. *Merged*: clinical and early-dictionary, of the same layers, made into one with equal "
+        "weights.\n\n" + table(header, rows)
+    )
+
+
 def alignment_section(result: dict[str, Any]) -> str:
     """Render how well alignment foretells what an organ does to a recipient's perplexity."""
     settings, limits = result["settings"], result["thresholds"]
@@ -355,8 +373,9 @@ def alignment_section(result: dict[str, Any]) -> str:
         + f"\nThe distances that best tell apart changes up to {settings['fit']:g}, up to {settings['recover']:g} and "
         f"beyond are {limits['fits_below']:.3f} and {limits['recovers_below']:.3f}; with them {limits['right']} of "
         f"{limits['pairs']} verdicts are right, and {limits['right_left_out']} if thresholds are chosen without the "
-        f"recipient that is judged. Comparing takes {settings['seconds_of_check']:.0f} s beyond loading the recipient. "
-        "Each pair as position: distance → change:\n\n" + table(["organ", "recipient", "pairs", "mean CKA"], rows)
+        f"recipient that is judged. Comparing takes {settings['seconds_of_check']:.1f} s of one core beyond loading "
+        "the recipient. Each pair as position: distance → change:\n\n"
+        + table(["organ", "recipient", "pairs", "mean CKA"], rows)
     )
 
 
@@ -376,6 +395,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "protocols": protocols_section,
     "recovery": recovery_section,
     "disk": disk_section,
+    "several": several_section,
     "alignment": alignment_section,
 }
 
