@@ -340,9 +340,9 @@ def several_section(result: dict[str, Any]) -> str:
     return (
         f"## Several organs, and merges\n\nSmolLM2-135M-Instruct; organs of three layers trained in place on two "
         f"domains ({settings['steps']}). Perplexity, and in parentheses its ratio to the recipient's with its 95 % "
-        f"interval over documents; about {settings['tokens']:,} tokens of each text. *Together*: clinical and dictionary, "
-        "where they were trained. *Merged*: clinical and early-dictionary, of the same layers, made into one with equal "
-        "weights.\n\n" + table(header, rows)
+        f"interval over documents; about {settings['tokens']:,} tokens of each text. *Together*: clinical and "
+        "dictionary, where they were trained. *Merged*: clinical and early-dictionary, of the same layers, made into "
+        "one with equal weights.\n\n" + table(header, rows)
     )
 
 
