@@ -21,11 +21,13 @@ import numpy
 import torch
 
 from neurograft import data, evaluation, extraction, surgery
-from neurograft.alignment import measure_alignment
+from neurograft.alignment import compare_states, measure_alignment
 from neurograft.demonstration import find_packaged_model
 from neurograft.files import atomic_directory
 from neurograft.models import cache_directory, load_model, load_tokenizer, resolve
 from neurograft.organ import Organ, read_organ
+from neurograft.sketch import WINDOW as WINDOW_READ
+from neurograft.sketch import boundary_states, encode_probe
 from neurograft.training import protocols
 from render import describe_run
 from texts import read_domain, read_general
@@ -44,20 +46,33 @@ ORGANS = (
 )
 # Name, what is done to all layers of the packaged model: domain, learning rate, steps of 2 x 128 tokens.
 SIBLINGS = (("near sibling", "dictionary", 1e-4, 8), ("far sibling", "clinical", 1e-3, 20))
-OFFSETS = (0, -1, 2, 6, -8)
+# Name, organ, mode, and the places tried, from where it was trained on: in the same model, in others.
+TRIED: tuple[tuple[str, str, Any, tuple[int, ...], tuple[int, ...]], ...] = (
+    ("clinical", "clinical", "replace", (0, -1, 2, 6, -8), (0, 2, -8)),
+    ("dictionary", "dictionary", "replace", (0, -1, 2, 6, -8), (0, 2)),
+    ("inserted", "inserted", "insert", (0, -1, 2, 6, -8), (0,)),
+    ("clinical, inserted", "clinical", "insert", (0, 3, -8), (0,)),
+    ("random", "random", "replace", (0,), (0,)),
+)
 
 
 def main() -> None:
     """Make what is missing, measure pair by pair, and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fresh", action="store_true", help="forget what earlier runs left")
-    if parser.parse_args().fresh:
+    parser.add_argument("--recipient", help="measure in this one only, and keep what was found for a run over all")
+    arguments = parser.parse_args()
+    if arguments.fresh:
         shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True, exist_ok=True)
     base = resolve(find_packaged_model()).path
     recipients = {"same model": base, **make_recipients(base)}
     organs = make_organs(base, recipients["random weights"])
-    rows = measure_pairs(organs, {k: v for k, v in recipients.items() if k != "random weights"})
+    del recipients["random weights"]  # a model that knows nothing has nothing to lose: its organ is tried in others
+    if arguments.recipient is not None:
+        measure_recipient(arguments.recipient, recipients[arguments.recipient], organs)
+        return
+    rows = [row for name, path in recipients.items() for row in measure_recipient(name, path, organs)]
     result = {
         "run": describe_run("python benchmarks/alignment.py"),
         "settings": {
@@ -173,45 +188,51 @@ def write_text(domain: str) -> Path:
     return path
 
 
-def places(organ: Organ) -> list[int]:
+def places(organ: Organ, mode: str, offsets: tuple[int, ...]) -> list[int]:
     """Return the positions at which an organ is tried: where it was trained, near and far."""
-    own, mode = organ.manifest.recommended_position, organ.manifest.recommended_mode
     last = organ.manifest.source.layer_count - (organ.layer_count if mode == "replace" else 0)
-    offsets = OFFSETS[:2] if organ.name == "random" else OFFSETS
-    return sorted({min(max(own + offset, 0), last) for offset in offsets})
+    return sorted({min(max(organ.manifest.recommended_position + offset, 0), last) for offset in offsets})
 
 
-def measure_pairs(organs: dict[str, Organ], recipients: dict[str, Path]) -> list[dict[str, Any]]:
-    """Measure alignment and the true change of perplexity of every organ at every place in every recipient."""
-    kept = FOLDER / "rows.json"
-    rows: list[dict[str, Any]] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else []
-    done = {(row["organ"], row["recipient"], row["position"]) for row in rows}
-    documents = data.split_documents(read_general(), seed=SEED)[1]
-    for name, path in recipients.items():
-        missing = {
-            organ.name: [place for place in places(organ) if (organ.name, name, place) not in done]
-            for organ in organs.values()
-        }
-        if not any(missing.values()):
-            continue
+def measure_recipient(recipient: str, path: Path, organs: dict[str, Organ]) -> list[dict[str, Any]]:
+    """Measure alignment and the true change of perplexity of every organ at every place in one recipient."""
+    kept, states_file = FOLDER / f"{recipient}.json", FOLDER / f"{recipient}.npy"
+    found: dict[str, float] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    tried = [
+        (name, organs[key], mode, position)
+        for name, key, mode, here, elsewhere in TRIED
+        for position in places(organs[key], mode, here if recipient == "same model" else elsewhere)
+    ]
+    missing = [item for item in tried if f"{item[0]} at {item[3]}" not in found]
+    if missing or not states_file.is_file():
         model, tokenizer = load_model(path, dtype=torch.float32), load_tokenizer(path)
-        own = perplexity(model, tokenizer, documents)
-        for organ in (organ for organ in organs.values() if missing[organ.name]):
-            mode = organ.manifest.recommended_mode
-            found = measure_alignment(organ, model, tokenizer, at=0, mode=mode, name=name)
-            for position in missing[organ.name]:
-                with surgery.graft(model, organ, at=position, mode=mode, verify=False):
-                    value = perplexity(model, tokenizer, documents)
-                entry = next(entry for entry in found.curve if entry.position == position)
-                scores = entry.model_dump(exclude={"verdict", "position"})
-                rows.append(
-                    {"organ": organ.name, "recipient": name, "mode": mode, "position": position, **scores,
-                     "recipient_perplexity": round(own, 3), "perplexity": round(value, 3), "change": value / own}
-                )  # fmt: skip
-                print(rows[-1], flush=True)
-                kept.write_text(json.dumps(rows), encoding="utf-8")
-        del model
-    return rows
+        if not states_file.is_file():
+            numpy.save(
+                states_file, numpy.stack(boundary_states(model, encode_probe(tokenizer, WINDOW_READ, recipient)))
+            )
+        documents = data.split_documents(read_general(), seed=SEED)[1]
+        if "alone" not in found:
+            found["alone"] = perplexity(model, tokenizer, documents)
+        for name, organ, mode, position in missing:
+            with surgery.graft(model, organ, at=position, mode=mode, verify=False):
+                found[f"{name} at {position}"] = perplexity(model, tokenizer, documents)
+            print(recipient, name, position, found[f"{name} at {position}"] / found["alone"], flush=True)
+            kept.write_text(json.dumps(found), encoding="utf-8")
+    states = list(numpy.load(states_file))
+    return [
+        {"organ": name, "recipient": recipient, "mode": mode, "position": position,
+         **scores(organ, states, mode, position), "recipient_perplexity": round(found["alone"], 3),
+         "change": found[f"{name} at {position}"] / found["alone"]}
+        for name, organ, mode, position in tried
+    ]  # fmt: skip
+
+
+def scores(organ: Organ, states: list[Any], mode: Any, position: int) -> dict[str, Any]:
+    """Return how alike an organ's surroundings are at one position."""
+    sketch = organ.manifest.sketch
+    assert sketch is not None
+    found = compare_states(sketch, states, organ.layer_count, at=position, mode=mode, name=organ.name)
+    return found.here.model_dump(exclude={"verdict", "position"})
 
 
 def seconds_of_check(organ: Organ, path: Path) -> float:

@@ -13,7 +13,7 @@ import torch
 
 from conftest import Factory
 from neurograft import check, compose, extract, merge, train, transplant
-from neurograft.alignment import frechet_distance, linear_cka, measure_alignment, verdict_of
+from neurograft.alignment import compare_states, frechet_distance, linear_cka, measure_alignment, verdict_of
 from neurograft.errors import ModelError, OrganFileError, UsageError
 from neurograft.organ import Organ, read_organ
 from neurograft.record import read_record
@@ -79,6 +79,21 @@ def test_an_organ_is_at_home_where_it_was_trained(trained: Path, model_directory
     assert elsewhere.alignment is not None and elsewhere.alignment.curve == found.curve
     finding = next(finding for finding in elsewhere.findings if finding.subject == "alignment")
     assert "they are most alike at position 2" in finding.why
+
+
+def test_what_is_inserted_and_moves_nothing_fits_anywhere(trained: Path) -> None:
+    sketch = read_organ(trained).manifest.sketch
+    assert sketch is not None
+    generator = np.random.default_rng(0)
+    states = [generator.normal(size=(sketch.tokens, WIDTH)) + boundary for boundary in range(LAYERS + 1)]
+    still = sketch.model_copy(update={"leaving": sketch.entering})
+    found = compare_states(still, states, 2, at=0, mode="insert", name="x")
+    assert [entry.position for entry in found.curve] == list(range(LAYERS + 1))
+    assert all(entry.distance == 0 < entry.distance_entering for entry in found.curve)
+    assert min(entry.distance for entry in compare_states(still, states, 2, at=0, mode="replace", name="x").curve) > 0.1
+    entering, leaving = unpack_states(sketch, "x")
+    moving = compare_states(sketch, [entering] * 3, 2, at=0, mode="insert", name="x").here
+    assert moving.distance_leaving == pytest.approx(frechet_distance(leaving, entering), abs=1e-5)
 
 
 def test_unrelated_weights_are_far_everywhere(trained: Path, model_directory: Factory) -> None:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from neurograft.errors import ModelError, UsageError
 from neurograft.findings import Finding
-from neurograft.manifest import Mode
+from neurograft.manifest import Mode, Sketch
 from neurograft.sketch import States, boundary_states, encode_probe, text_digest, unpack_states, window_of
 
 if TYPE_CHECKING:
@@ -44,8 +44,11 @@ class PositionAlignment(_Part):
     """Of what left it in its host, and what the next layer is used to here."""
     distance_entering: float
     distance_leaving: float
+    """For `replace` that of what left the organ; for `insert` how far it would move what passes here, if it changed it
+    by as much as in its host."""
     distance: float
-    """The mean of the two distances."""
+    """The mean of the two distances for `replace`, the lesser of them for `insert`: an inserted organ that moves little
+    does little harm wherever it stands."""
     verdict: Verdict
 
 
@@ -93,38 +96,56 @@ def measure_alignment(
             f"the sketch in {organ.name} is of another text than this neurograft's, or of longer pieces of it than "
             f"{name} takes, so alignment can't be measured."
         )
-    entering, leaving = unpack_states(sketch, organ.name)
     states = boundary_states(model, encode_probe(tokenizer, sketch.window, name))
     if len(states[0]) != sketch.tokens:
         raise ModelError(
             f"{name} cuts the probe text into {len(states[0])} counted tokens and the organ's host into "
             f"{sketch.tokens}, so alignment can't be measured."
         )
-    curve = _curve(entering, leaving, states, organ.layer_count if mode == "replace" else 0)
-    best = min(curve, key=lambda entry: entry.distance).position
-    return AlignmentCurve(mode=mode, position=at, best=best, tokens=sketch.tokens, curve=curve)
+    return compare_states(sketch, states, organ.layer_count, at=at, mode=mode, name=organ.name)
 
 
-def _curve(entering: States, leaving: States, states: Sequence[States], replaced: int) -> list[PositionAlignment]:
-    """Compare at every position; behind an organ that replaces k layers comes what the k-th of them led to."""
-    before = [(linear_cka(entering, state), frechet_distance(entering, state)) for state in states]
-    behind = [(linear_cka(leaving, state), frechet_distance(leaving, state)) for state in states]
+def compare_states(
+    sketch: Sketch, states: Sequence[States], layer_count: int, *, at: int, mode: Mode, name: str
+) -> AlignmentCurve:
+    """Compare a sketch with the states at every boundary of a recipient.
+
+    Args:
+        sketch: The organ's.
+        states: L + 1 arrays, (N, r) each; see `neurograft.sketch.boundary_states`.
+        layer_count: k.
+        at: The position asked for.
+        mode: `replace` or `insert`.
+        name: The organ's name, for messages.
+
+    Raises:
+        OrganFileError: The sketch is damaged.
+    """
+    entering, leaving = unpack_states(sketch, name)
+    replaced = layer_count if mode == "replace" else 0
     curve = []
     for position in range(len(states) - replaced):
-        (cka_in, distance_in), (cka_out, distance_out) = before[position], behind[position + replaced]
-        distance = (distance_in + distance_out) / 2
+        here, behind = states[position], states[position + replaced]
+        distance_in = frechet_distance(entering, here)
+        if mode == "replace":
+            distance_out = frechet_distance(leaving, behind)
+            distance = (distance_in + distance_out) / 2
+        else:
+            distance_out = frechet_distance(here + leaving - entering, here)
+            distance = min(distance_in, distance_out)
         curve.append(
             PositionAlignment(
                 position=position,
-                cka_entering=round(cka_in, 5),
-                cka_leaving=round(cka_out, 5),
+                cka_entering=round(linear_cka(entering, here), 5),
+                cka_leaving=round(linear_cka(leaving, behind), 5),
                 distance_entering=round(distance_in, 5),
                 distance_leaving=round(distance_out, 5),
                 distance=round(distance, 5),
                 verdict=verdict_of(distance),
             )
         )
-    return curve
+    best = min(curve, key=lambda entry: entry.distance).position
+    return AlignmentCurve(mode=mode, position=at, best=best, tokens=sketch.tokens, curve=curve)
 
 
 def verdict_of(distance: float) -> Verdict:
