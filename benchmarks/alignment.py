@@ -36,7 +36,7 @@ RESULT = Path(__file__).parent / "results" / "alignment.json"
 FOLDER = cache_directory() / "benchmarks" / "alignment"
 SEED, LENGTH = 0, 128
 EVALUATED_TOKENS, WINDOW = 1024, 256
-FIT, RECOVER = 1.05, 10.0
+FIT, RECOVER = 1.1, 10.0
 """General perplexity over the recipient's, up to which an organ fits, and up to which recovery is worth a try."""
 # Name, domain, layers of the donor, protocol, steps of 4 x 128 tokens.
 ORGANS = (

@@ -374,7 +374,8 @@ def alignment_section(result: dict[str, Any]) -> str:
         f"beyond are {limits['fits_below']:.3f} and {limits['recovers_below']:.3f}; with them {limits['right']} of "
         f"{limits['pairs']} verdicts are right, and {limits['right_left_out']} if thresholds are chosen without the "
         f"recipient that is judged. Comparing takes {settings['seconds_of_check']:.1f} s of one core beyond loading "
-        "the recipient. Each pair as position: distance → change:\n\n"
+        "the recipient. What an inserted organ's distance can be at most, and the limit of what fits, were settled on "
+        "these same pairs. Each pair as position: distance → change:\n\n"
         + table(["organ", "recipient", "pairs", "mean CKA"], rows)
     )
 

@@ -94,6 +94,9 @@ def test_what_is_inserted_and_moves_nothing_fits_anywhere(trained: Path) -> None
     entering, leaving = unpack_states(sketch, "x")
     moving = compare_states(sketch, [entering] * 3, 2, at=0, mode="insert", name="x").here
     assert moving.distance_leaving == pytest.approx(frechet_distance(leaving, entering), abs=1e-5)
+    assert moving.distance == pytest.approx(moving.distance_leaving / 2, abs=1e-5)  # it reads what it is used to
+    astray = compare_states(sketch, states, 2, at=0, mode="insert", name="x").here
+    assert astray.distance == pytest.approx(1.5 * astray.distance_leaving, abs=1e-5)  # not at all, and moves little
 
 
 def test_unrelated_weights_are_far_everywhere(trained: Path, model_directory: Factory) -> None:
