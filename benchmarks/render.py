@@ -516,6 +516,62 @@ def _disk_verdicts(middle: list[dict[str, float]], rows: list[dict[str, Any]]) -
     return lines
 
 
+def several_section(result: dict[str, Any]) -> str:
+    """Render what two organs do alone, together at different positions, and merged at one."""
+    settings = result["settings"]
+    header = ["inside", *settings["texts"]]
+
+    def cell(score: dict[str, float]) -> str:
+        return f"{score['perplexity']:,.2f} ({score['ratio']:.3f} [{score['low']:.3f}, {score['high']:.3f}])"
+
+    rows = [[row["name"], *(cell(row["scores"][name]) for name in settings["texts"])] for row in result["rows"]]
+    return (
+        f"## Several organs, and merges\n\nSmolLM2-135M-Instruct; organs of three layers trained in place on two "
+        f"domains ({settings['steps']}). Perplexity, and in parentheses its ratio to the recipient's with its 95 % "
+        f"interval over documents; about {settings['tokens']:,} tokens of each text. *Together*: clinical and "
+        "dictionary, where they were trained. *Merged*: clinical and early-dictionary, of the same layers, made into "
+        "one with equal weights.\n\n" + table(header, rows)
+    )
+
+
+def alignment_section(result: dict[str, Any]) -> str:
+    """Render how well alignment foretells what an organ does to a recipient's perplexity."""
+    settings, limits = result["settings"], result["thresholds"]
+    scores = [
+        [name, f"{found['spearman']:.3f}", _range(found["interval"]), _range(found["interval_over_groups"])]
+        for name, found in result["correlations"].items()
+    ]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        groups.setdefault((row["organ"], row["recipient"]), []).append(row)
+    rows = [
+        [organ, recipient, ", ".join(f"{r['position']}: {r['distance']:.2f} → {r['change']:,.3g}" for r in pairs),
+         f"{statistics.mean((r['cka_entering'] + r['cka_leaving']) / 2 for r in pairs):.2f}"]
+        for (organ, recipient), pairs in groups.items()
+    ]  # fmt: skip
+    count = next(iter(result["correlations"].values()))
+    return (
+        f"## Alignment and perplexity\n\n{count['pairs']} pairs of organ, recipient and position, {count['groups']} "
+        "groups of one organ in one recipient. The true change is perplexity on general text with the organ over the "
+        f"recipient's ({settings['evaluated_tokens']:,} tokens, no recovery). *Turned axes*: the same function as the "
+        "packaged model, with its residual stream rotated, so that its weights have nothing in common with it. "
+        "*random*: an organ from a model with random weights. Spearman's correlation of the score with the change, "
+        "with 95 % intervals by bootstrap over pairs, and over whole groups:\n\n"
+        + table(["score", "Spearman", "interval", "interval, over groups"], scores)
+        + f"\nThe distances that best tell apart changes up to {settings['fit']:g}, up to {settings['recover']:g} and "
+        f"beyond are {limits['fits_below']:.3f} and {limits['recovers_below']:.3f}; with them {limits['right']} of "
+        f"{limits['pairs']} verdicts are right, and {limits['right_left_out']} if thresholds are chosen without the "
+        f"recipient that is judged. Comparing takes {settings['seconds_of_check']:.1f} s of one core beyond loading "
+        "the recipient. What an inserted organ's distance can be at most, and the limit of what fits, were settled on "
+        "these same pairs. Each pair as position: distance → change:\n\n"
+        + table(["organ", "recipient", "pairs", "mean CKA"], rows)
+    )
+
+
+def _range(interval: list[float]) -> str:
+    return f"{interval[0]:.3f} to {interval[1]:.3f}"
+
+
 def _with_interval(value: float, interval: list[float]) -> str:
     return f"{value:,.2f} [{interval[0]:,.2f}, {interval[1]:,.2f}]"
 
@@ -532,6 +588,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "scan": scan_section,
     "disk": disk_section,
     "training_memory": training_memory_section,
+    "several": several_section,
+    "alignment": alignment_section,
 }
 
 

@@ -25,7 +25,10 @@ from neurograft.organ import Organ
 from tiny import LAYERS
 
 Run = Callable[..., Result]
-VERBS = ("extract", "train", "inspect", "check", "transplant", "recover", "evaluate", "compare", "remove", "demo")
+VERBS = (
+    "extract", "train", "inspect", "check", "compose", "merge", "transplant", "recover", "evaluate", "compare",
+    "remove", "demo",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -252,6 +255,37 @@ def test_verdicts_are_exit_status_one(
     assert blocked.exit_code == 1 and json.loads(blocked.stdout)["blocked"] is True
     result = run("evaluate", donor, "--data", f"a={text}", "--gate", "a<1")
     assert result.exit_code == 1 and "FAILED  a<1" in result.stdout
+
+
+def test_several_organs_by_command(run: Run, donor: Path, recipient: Path, text: Path, tmp_path: Path) -> None:
+    first, second, merged = (tmp_path / f"{name}.safetensors" for name in ("first", "second", "merged"))
+    for path in (first, second):
+        run("extract", donor, "--layers", "2:4", "--name", path.stem, "-o", path)
+    two, both = [first, second, recipient], tmp_path / "both"
+    steps: list[tuple[list[Any], int, str]] = [
+        (["compose", *two], 1, "do not go together"),
+        (["compose", *two, "--at", 0, "--at", 3, "--data", f"a={text}", "-o", tmp_path / "r.md"], 0, "go together"),
+        (["compose", *two, "--at", 0, "--at", 3, "--mode", "insert", "--json"], 0, '"blocked": false'),
+        (["transplant", *two, "-o", both], 2, "or merge the two into one organ (neurograft merge)"),
+        (["transplant", *two, "--at", 0, "--at", 3, "-o", both], 0, "replace at position 3"),
+        (["transplant", *two, "--mode", "fly", "-o", tmp_path / "x"], 2, "'fly'; it can be replace or insert"),
+        (["transplant", *two, *["--at", 0] * 3, "-o", tmp_path / "x"], 2, "3 positions were given for 2 organs"),
+        (["remove", both, "--organ", "first", "-o", tmp_path / "half"], 0, "second"),
+        (
+            ["merge", first, second, "--method", "ties", "--base", donor, "-o", merged],
+            0,
+            "by ties from first 0.1.0 (50%)",
+        ),
+        (["inspect", merged], 0, "second 0.1.0 (50%)"),
+        (["merge", first, second, "--weights", "3,1", "-o", tmp_path / "m.safetensors", "--json"], 0, '"weight":0.75'),
+        (["merge", first, second, "--weights", "3;1", "-o", tmp_path / "x.safetensors"], 2, "separated by commas"),
+        (["merge", first, "-o", tmp_path / "x.safetensors"], 2, "a merge takes two or more"),
+        (["compose", *two, "--data", "a="], 2, "write NAME=PATH"),
+    ]
+    for words, status, expected in steps:
+        result = run(*words)
+        assert result.exit_code == status and expected in " ".join(result.output.split()), (words, result.output)
+    assert (tmp_path / "r.md").read_text().startswith("# first, second in llama")
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,8 @@ def test_verbs_page_is_what_help_says() -> None:
 
 def test_every_verb_has_a_section() -> None:
     page = (ROOT / "docs" / "verbs.md").read_text(encoding="utf-8")
-    verbs = "plan extract train inspect check transplant scan recover evaluate compare remove cache demo"
-    for verb in verbs.split():
+    plan, prove = "plan extract train inspect check compose merge scan", "evaluate compare report remove cache demo"
+    for verb in [*plan.split(), "transplant", "recover", *prove.split()]:
         assert f"\n## {verb}\n" in page
 
 
@@ -117,9 +117,12 @@ FORMAT_PARTS = [
     manifest.Source,
     manifest.Training,
     manifest.Evaluation,
+    manifest.Merge,
+    manifest.Parent,
     manifest.Probe,
     manifest.Scan,
     manifest.ScanPoint,
+    manifest.Sketch,
 ]
 
 

@@ -10,9 +10,11 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from neurograft.caching import cache as cache
     from neurograft.compat import check as check
+    from neurograft.composition import compose as compose
     from neurograft.demonstration import demo as demo
     from neurograft.evaluation import evaluate as evaluate
     from neurograft.extraction import extract as extract
+    from neurograft.merging import merge as merge
     from neurograft.organ import Organ as Organ
     from neurograft.organ import read_manifest
     from neurograft.placement.proposal import plan as plan
@@ -36,12 +38,14 @@ _HOMES = {
     "cache": "caching:cache",
     "check": "compat:check",
     "compare": "training.comparison:compare",
+    "compose": "composition:compose",
     "demo": "demonstration:demo",
     "detach": "surgery:detach",
     "evaluate": "evaluation:evaluate",
     "extract": "extraction:extract",
     "graft": "surgery:graft",
     "inspect": "organ:read_manifest",
+    "merge": "merging:merge",
     "plan": "placement.proposal:plan",
     "recover": "recovery:recover",
     "remove": "removal:remove",

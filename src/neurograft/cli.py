@@ -48,6 +48,7 @@ Recipient = Annotated[
     str, typer.Argument(metavar="RECIPIENT", help="A Hub id, a transformers directory or a .gguf file.")
 ]
 OrganFile = Annotated[Path, typer.Argument(metavar="ORGAN", help="An organ file (.safetensors).")]
+OrganFiles = Annotated[list[Path], typer.Argument(metavar="ORGAN", help="One or several organ files (.safetensors).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on standard output.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 RemoteCode = Annotated[
@@ -60,6 +61,22 @@ At = Annotated[
 ModeOption = Annotated[
     Literal["replace", "insert"] | None,
     typer.Option("--mode", help="What the organ recommends, if left out."),
+]
+AtEach = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--at",
+        help="Position: how many recipient layers stand before the organ, from 0, in the recipient as it is. With "
+        "several organs once for each, in their order.",
+    ),
+]
+ModeEach = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--mode",
+        metavar="[replace|insert]",
+        help="What the organ recommends, if left out. With several organs once, or once for each.",
+    ),
 ]
 LinkOption = Annotated[
     Literal["auto", "copy", "hard"],
@@ -504,6 +521,14 @@ def check(
     recipient: Recipient,
     at: At = None,
     mode: ModeOption = None,
+    alignment: Annotated[
+        Literal["auto", "measure", "skip"],
+        typer.Option(
+            "--alignment",
+            help="Whether to compare hidden states at every position, for which the recipient is loaded; auto: where "
+            "the organ has a sketch of them and the recipient is small for the machine.",
+        ),
+    ] = "auto",
     trust_remote_code: RemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -511,7 +536,9 @@ def check(
     with _running(as_json, "reading the organ") as screen:
         from neurograft import compat, render
 
-        report = compat.check(organ, recipient, at=at, mode=mode, trust_remote_code=trust_remote_code)
+        report = compat.check(
+            organ, recipient, at=at, mode=mode, alignment=alignment, trust_remote_code=trust_remote_code
+        )
         document = {**report.model_dump(mode="json"), "blocked": report.blocked}
         screen.result(document, lambda: render.check_report(report))
     if report.blocked:
@@ -519,12 +546,86 @@ def check(
 
 
 @app.command()
+def compose(
+    organs: OrganFiles,
+    recipient: Recipient,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            metavar="NAME=PATH",
+            help="A domain's text and its name. Repeatable; one name twice is one domain.",
+        ),
+    ] = None,
+    general: Annotated[
+        list[str] | None,
+        typer.Option("--general", metavar="PATH", help="Text of no organ's domain. Repeatable."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Markdown report to write (.md).")
+    ] = None,
+    at: AtEach = None,
+    mode: ModeEach = None,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(
+            "--sequence-length", min=2, help="Tokens in a window [default: 512, or as many as the model takes]."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Windows in a forward pass.")] = 8,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", min=1, help="At most this many tokens of each data set.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the bootstrap.")] = 0,
+    text_column: TextColumn = "text",
+    document_separator: Separator = None,
+    encoding: Encoding = "utf-8",
+    overwrite: Overwrite = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say whether several organs go together, and what each does alone and beside the others; exit status 1 if not."""
+    with _running(as_json, "reading the organs") as screen:
+        from neurograft import composition, render
+        from neurograft.evaluation import parse_data_arguments
+        from neurograft.progress import evaluation_line
+
+        def show(done: int, total: int) -> None:
+            if screen.status is not None:
+                screen.status.update(evaluation_line(done, total))
+
+        report = composition.compose(
+            organs,
+            recipient,
+            at=at or None,
+            mode=_modes(mode),
+            data=parse_data_arguments(data) if data else None,
+            general=general or None,
+            output=output,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            seed=seed,
+            text_column=text_column,
+            document_separator=document_separator,
+            encoding=encoding,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            progress=show,
+        )
+        document = {**report.model_dump(mode="json"), "blocked": report.blocked}
+        screen.result(document, lambda: render.composition(report))
+    if report.blocked:
+        raise typer.Exit(EXIT_NO)
+
+
+@app.command()
 def transplant(
-    organ: OrganFile,
+    organs: OrganFiles,
     recipient: Recipient,
     output: Annotated[Path, typer.Option("-o", "--output", help="Model directory to write.")],
-    at: At = None,
-    mode: ModeOption = None,
+    at: AtEach = None,
+    mode: ModeEach = None,
     link: LinkOption = "auto",
     verify: Annotated[
         Literal["auto", "written", "bytes", "layers"],
@@ -538,22 +639,90 @@ def transplant(
     trust_remote_code: RemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Put an organ into a copy of a recipient: a new plain transformers directory."""
+    """Put one or several organs into a copy of a recipient: a new plain transformers directory."""
     with _running(as_json, "reading the organ") as screen:
         from neurograft import render, transplantation
 
         record = transplantation.transplant(
-            organ,
+            organs,
             recipient,
-            at=at,
-            mode=mode,
+            at=at or None,
+            mode=_modes(mode),
             output=output,
             link=link,
             verify=verify,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
         )
-        screen.result(record, lambda: render.record(record, str(output)))
+        screen.result(record, lambda: render.record(record, str(output), len(organs)))
+
+
+@app.command()
+def merge(
+    organs: OrganFiles,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Merged organ file to write (.safetensors).")],
+    method: Annotated[
+        Literal["average", "ties", "dare"],
+        typer.Option("--method", help="Mean of the weights, or of what training added: TIES, DARE."),
+    ] = "average",
+    weights: Annotated[
+        str | None,
+        typer.Option("--weights", metavar="W,W...", help="How much each organ counts, separated by commas."),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base", metavar="MODEL|ORGAN", help="What the organs were made from, untrained; for ties and dare."
+        ),
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option("--density", help="Share that is kept [default: ties 0.2, dare 0.5].")
+    ] = None,
+    scale: Annotated[
+        float | None, typer.Option("--scale", help="Multiplies what is added to the base [default: 1].")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of what dare drops [default: 0].")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the merged organ.")] = None,
+    version: Annotated[str, typer.Option("--organ-version", help="Its semantic version.")] = "0.1.0",
+    license: Annotated[str | None, typer.Option("--license", help="Its licence [default: those of all].")] = None,
+    description: Annotated[str | None, typer.Option("--description", help="One line about it.")] = None,
+    overwrite: Overwrite = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Merge organs that were made from the same layers into one organ that names its parents."""
+    with _running(as_json, "reading the organs") as screen:
+        from neurograft import merging, render
+
+        merged = merging.merge(
+            organs,
+            output=output,
+            method=method,
+            weights=_numbers(weights),
+            base=base,
+            density=density,
+            scale=scale,
+            seed=seed,
+            name=name,
+            version=version,
+            license=license,
+            description=description,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+        )
+        screen.result(merged.manifest, lambda: render.manifest(merged.manifest, output.stat().st_size))
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    """Read numbers separated by commas.
+
+    Raises:
+        UsageError: One is no number.
+    """
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"the weights {text!r} can't be read; write numbers separated by commas.") from error
 
 
 @app.command()
@@ -914,6 +1083,18 @@ def demo(
         screen.result(report, lambda: story.closing_table(report))
     if not report.passed:
         raise typer.Exit(EXIT_NO)
+
+
+def _modes(given: list[str] | None) -> Any:
+    """Return the modes as typed; typer has no repeated choices.
+
+    Raises:
+        UsageError: One has another name.
+    """
+    for mode in given or []:
+        if mode not in ("replace", "insert"):
+            raise UsageError(f"the mode is {mode!r}; it can be replace or insert.")
+    return given or None
 
 
 def _terminate(_signal: int, _frame: Any) -> None:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from neurograft.alignment import AlignmentCurve, alignment_findings, measure_alignment
 from neurograft.anatomy import build_skeleton
 from neurograft.checkpoint import Checkpoint, open_checkpoint
-from neurograft.errors import IncompatibleError, NeurograftError, OrganFileError
+from neurograft.errors import IncompatibleError, ModelError, NeurograftError, OrganFileError
 from neurograft.findings import Finding, Severity
 from neurograft.hub import RemoteRange, hub_headers
 from neurograft.layer_values import count_name, read_rows
 from neurograft.layer_weights import to_disk, verify_names
 from neurograft.manifest import Manifest, Mode, TokenizerFingerprint
-from neurograft.models import is_hub_id, resolve
+from neurograft.models import is_hub_id, load_model, load_tokenizer, resolve
 from neurograft.number_formats import first_rows
 from neurograft.organ import Organ, config_to_json, open_organ, pieces_dtype
 from neurograft.planning import plan_graft
@@ -30,6 +32,8 @@ from neurograft.tensor_files import Piece, same_kinds, torch_name
 if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedConfig, PreTrainedModel
+
+log = logging.getLogger("neurograft")
 
 # Values that say nothing about what a layer computes.
 _IRRELEVANT = re.compile(
@@ -100,6 +104,8 @@ class CheckReport(BaseModel):
     similarity: float | None
     """Cosine similarity of the organ's weights with the recipient's layers there."""
     findings: list[Finding]
+    alignment: AlignmentCurve | None = None
+    """How alike the hidden states around the organ are, at every position; `None` where that was not measured."""
 
     @property
     def blocked(self) -> bool:
@@ -113,6 +119,7 @@ def check(
     *,
     at: int | None = None,
     mode: Mode | None = None,
+    alignment: Literal["auto", "measure", "skip"] = "auto",
     trust_remote_code: bool = False,
 ) -> CheckReport:
     """Compare an organ with a recipient, without changing either.
@@ -122,19 +129,56 @@ def check(
         recipient: A local transformers directory, a `.gguf` file or a Hub id.
         at: Position to check; left out, the one that matches by weights, else the one that the organ recommends.
         mode: `replace` or `insert`; left out, what the organ recommends.
+        alignment: Whether to load the recipient and compare the hidden states on a public text with those that the
+            organ was trained among, at every position (`neurograft.alignment`). `auto`: where the organ has a sketch
+            of these, and the recipient's weights are plain and take at most a quarter of this machine's memory.
         trust_remote_code: See `neurograft.models.resolve`.
 
     Returns:
         Every finding, those that block first.
 
     Raises:
+        UsageError: Alignment is to be measured, and the organ has no sketch.
         OrganFileError: The organ file can't be trusted.
         ModelError: The recipient can't be read or cut into layers.
     """
     organ = organ if isinstance(organ, Organ) else open_organ(organ)
     with studying():
         checkpoint = _open(recipient, trust_remote_code)
-        return check_checkpoint(organ, checkpoint, at=at, mode=mode, trust_remote_code=trust_remote_code)[0]
+        report, _ = check_checkpoint(organ, checkpoint, at=at, mode=mode, trust_remote_code=trust_remote_code)
+    easy = organ.manifest.sketch is not None and checkpoint.runs_easily
+    if report.blocked or alignment == "skip" or (alignment == "auto" and not easy):
+        return report
+    return _with_alignment(
+        report, organ, checkpoint, trust_remote_code=trust_remote_code, needed=alignment == "measure"
+    )
+
+
+def _with_alignment(
+    report: CheckReport, organ: Organ, checkpoint: Checkpoint, *, trust_remote_code: bool, needed: bool
+) -> CheckReport:
+    """Add to a report how alike the hidden states are; a note says why where that can't be measured, and needn't be."""
+    directory = checkpoint.directory
+    try:
+        log.info("comparing hidden states in %s", directory.name)
+        model = load_model(directory, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
+        found = measure_alignment(organ, model, tokenizer, at=report.position, mode=report.mode, name=directory.name)
+    except ModelError as error:
+        if needed:
+            raise
+        return _with_findings(report, [Finding(severity="notes", subject="alignment", why=str(error).rstrip("."))])
+    return _with_findings(report.model_copy(update={"alignment": found}), alignment_findings(found))
+
+
+def _with_findings(report: CheckReport, findings: Sequence[Finding]) -> CheckReport:
+    return report.model_copy(update={"findings": _in_order([*report.findings, *findings])})
+
+
+def _in_order(findings: Sequence[Finding]) -> list[Finding]:
+    """Order findings, those that block first."""
+    order = {"blocks": 0, "risks": 1, "notes": 2}
+    return sorted(findings, key=lambda finding: order[finding.severity])
 
 
 def _open(recipient: str | Path, trust_remote_code: bool) -> Checkpoint:
@@ -188,7 +232,6 @@ def check_checkpoint(
         *_dtype_findings(organ),
         *(Finding(severity="notes", subject="recipient", why=note) for note in checkpoint.directory.notes),
     ]
-    order = {"blocks": 0, "risks": 1, "notes": 2}
     report = CheckReport(
         organ=organ.name,
         recipient=checkpoint.directory.name,
@@ -196,7 +239,7 @@ def check_checkpoint(
         mode=chosen,
         matching_position=alignment.position if alignment else None,
         similarity=round(alignment.similarity, 4) if alignment else None,
-        findings=sorted(findings, key=lambda finding: order[finding.severity]),
+        findings=_in_order(findings),
     )
     return report, None if report.blocked else study.config
 
@@ -436,6 +479,9 @@ def tokenizer_findings(ours: TokenizerFingerprint, theirs: TokenizerFingerprint)
 
 
 def _manifest_findings(manifest: Manifest) -> list[Finding]:
+    if manifest.training is None and manifest.merged is not None:
+        parents = ", ".join(parent.name for parent in manifest.merged.parents)
+        return [Finding(severity="notes", subject="training", why=f"the organ was merged from {parents}, not trained")]
     if manifest.training is None:
         return [Finding(severity="notes", subject="training", why="the organ was not trained since it was extracted")]
     if manifest.training.protocol == "standalone":

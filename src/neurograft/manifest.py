@@ -18,6 +18,7 @@ Verify = Literal["written", "bytes", "layers"]
 """How much a result is checked, each level on top of the one before; docs/disk.md says what each proves."""
 Protocol = Literal["in_place", "insert", "standalone"]
 Scope = Literal["organ", "neighbours", "seams"]
+MergeMethod = Literal["average", "ties", "dare"]
 Unfreeze = Literal["at_once", "gradual"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
 VERSION_PATTERN = r"^\d+\.\d+\.\d+([-+][0-9A-Za-z.+-]+)?$"
@@ -160,6 +161,55 @@ class Probe(_Part):
     dtype: str
 
 
+class Sketch(_Part):
+    """The hidden states that entered and left an organ where it was trained, projected to a few numbers.
+
+    They are those on a public text; nothing here is of the text that the organ was trained on.
+    """
+
+    text: Digest
+    """SHA-256 of the public text."""
+    seed: int
+    """Of the fixed random directions on which states are projected."""
+    window: Annotated[int, Field(ge=1)]
+    """Tokens in a piece of the text."""
+    tokens: Count
+    """N: tokens whose states are here."""
+    width: Annotated[int, Field(ge=1, le=1024)]
+    """r: directions."""
+    entering: Annotated[str, Field(max_length=400_000)]
+    """(N, r) float16, little-endian, in base64: states scaled to a root mean square of 1, then projected."""
+    leaving: Annotated[str, Field(max_length=400_000)]
+
+
+class Parent(_Part):
+    """One of the organs that an organ was merged from."""
+
+    name: Name
+    version: str
+    tensors_digest: Digest
+    """SHA-256 over the parent's tensors."""
+    file_digest: Digest | None
+    """That of its file; `None` if it never was in one."""
+    weight: Annotated[float, Field(ge=0, le=1)]
+    """How much it counted; the weights of all parents add up to 1."""
+
+
+class Merge(_Part):
+    """How an organ was merged from others."""
+
+    method: MergeMethod
+    parents: Annotated[list[Parent], Field(min_length=2)]
+    base: str | None = None
+    """Name of the model whose layers the task vectors were taken from; `None` for `average`, which has none."""
+    density: float | None = None
+    """Share of each task vector that was kept."""
+    scale: float | None = None
+    """What the merged task vector was multiplied by."""
+    seed: Count | None = None
+    """Of what `dare` dropped."""
+
+
 class Manifest(_Part):
     """The manifest of an organ, stored as JSON in the file's header under the key `neurograft`."""
 
@@ -182,10 +232,14 @@ class Manifest(_Part):
     evaluations: list[Evaluation] = []
     scans: list[Scan] = []
     """Scans of the places where it could go, first to last; absent in schema 1."""
+    merged: Merge | None = None
+    """The merge that the organ came from, if it did; what is in `training` came after it. Absent in schema 1."""
     recommended_mode: Mode
     recommended_position: Count
     probe: Probe | None = None
     """`None` where the layers were not asked: extracted as bytes, never run."""
+    sketch: Sketch | None = None
+    """`None` for what was not trained, or was merged since. Absent in schema 1."""
     tensors_digest: Digest
     """SHA-256 over names, dtypes, shapes and bytes of the tensors."""
     file_digest: Digest
@@ -218,6 +272,14 @@ class Origin(_Part):
     """Digest of the layer's tensors as they are in this model; `None` if they were linked and never read."""
 
 
+class ExplantLayer(_Part):
+    """One layer in one of the explants beside a model."""
+
+    path: ExplantPath
+    """Relative to the model directory."""
+    layer: Count
+
+
 class Operation(_Part):
     """One transplant."""
 
@@ -227,14 +289,31 @@ class Operation(_Part):
     mode: Mode
     position: Count
     explant: ExplantPath | None
-    """Path, relative to the model directory, of the organ file that holds what `replace` took out."""
-    explant_origins: list[Origin]
-    """Where the layers in the explant came from."""
+    """Path, relative to the model directory, of the organ file that holds what `replace` took out; `None` after
+    `insert`, or if nothing in that file is needed any more."""
+    explant_origins: list[Origin | None]
+    """Where the layers came from in whose places the organ's stand, one after the other; `None` where there is nothing
+    to put back, because an inserted organ that had stood there is gone."""
+    explant_places: list[ExplantLayer | None] = []
+    """Which layer of which explant each of them is; left empty where they are those of `explant`, in order. Absent in
+    schema 1."""
     manifest: Manifest | None = None
     """The organ's manifest as it was put in; absent in schema 1."""
     verified: Verify = "layers"
     """How the result was checked: every byte written, also what was linked, also what each layer computes."""
     when: str
+
+    @property
+    def replaced(self) -> list[tuple[Origin, ExplantLayer] | None]:
+        """What stood in the place of each of the organ's layers, and where it is kept; empty after `insert`."""
+        places = self.explant_places or [
+            ExplantLayer(path=self.explant, layer=number) if self.explant is not None else None
+            for number in range(len(self.explant_origins))
+        ]
+        return [
+            (origin, place) if origin is not None and place is not None else None
+            for origin, place in zip(self.explant_origins, places, strict=True)
+        ]
 
 
 class ChangedLayer(_Part):

@@ -52,7 +52,7 @@ def probe_layers(model: PreTrainedModel, layers_path: str) -> torch.Tensor:
     question, signs = _question(int(model.config.hidden_size))
     answers: dict[int, torch.Tensor] = {}
     try:
-        with _hooks(layers, question, signs, answers), _eval_mode(model), torch.no_grad():
+        with _hooks(layers, question, signs, answers), eval_mode(model), torch.no_grad():
             model(input_ids=_tokens(model), use_cache=False)
     except (RuntimeError, IndexError, TypeError, AttributeError) as error:
         raise ModelError(
@@ -90,7 +90,7 @@ def future_leak(model: PreTrainedModel) -> float:
     tokens = _tokens(model)
     changed = tokens.clone()
     changed[0, -1] = (changed[0, -1] + 1) % int(model.config.vocab_size)
-    with _eval_mode(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         first, second = (model(input_ids=ids, use_cache=False).logits[0, :-1].float() for ids in (tokens, changed))
     return float((first - second).abs().max() / first.abs().max().clamp_min(1e-6))
 
@@ -205,7 +205,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Switch every module to evaluation and each back to the mode it had."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -229,7 +229,7 @@ def cache_gap(model: PreTrainedModel) -> float:
 
     tokens = _tokens(model)
     half = TOKENS // 2
-    with _eval_mode(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         whole = model(input_ids=tokens, use_cache=False).logits[0, half:].float()  # (T/2, vocabulary)
         try:
             steps = _cached_logits(model, tokens, half)

@@ -24,7 +24,8 @@ from neurograft.manifest import (
     Verify,
 )
 from neurograft.model_files import Written
-from neurograft.organ import Organ, now
+from neurograft.organ import now
+from neurograft.several import Placement
 from neurograft.steps import Step
 
 EXPLANT_FOLDER = "explants"
@@ -55,51 +56,44 @@ def read_record(directory: Path) -> SurgicalRecord | None:
 
 
 def make_record(
-    organ: Organ,
+    placements: Sequence[Placement],
     checkpoint: Checkpoint,
     steps: Sequence[Step],
-    at: int,
     written: Written,
     original: Mapping[str, str | None],
     target: Path,
-    explant: str | None,
+    explants: Sequence[str | None],
     verified: Verify,
 ) -> SurgicalRecord:
     """Describe a transplant whose files are written already.
 
     Args:
-        organ: What was put in.
+        placements: What was put in, in the order in which it stands.
         checkpoint: The recipient.
-        steps: Where each layer of the result comes from.
-        at: Position.
+        steps: Where each layer of the result comes from; see `several.steps_of`.
         written: The result's files.
         original: The recipient's tensors, by their names on disk there, and their digests where they are known.
         target: The result's folder.
-        explant: The path of what was taken out, relative to `target`.
+        explants: For each placement the path of what was taken out, relative to `target`.
         verified: How the result is checked.
     """
     previous = read_record(checkpoint.directory.path)
     before = list(previous.layers) if previous else _original_layers(checkpoint, original)
-    name = unique_name(organ.name, checkpoint)
-    prefix = checkpoint.layer_prefix
-    layers = [
-        before[step.layer]
-        if step.source == "recipient"
-        else Origin(organ=name, layer=step.layer, digest=layer_digest(written.digests, prefix, position))
-        for position, step in enumerate(steps)
+    names = unique_names(placements, checkpoint)
+    sources = [
+        (name, layer)
+        for name, placement in zip(names, placements, strict=True)
+        for layer in range(placement.organ.layer_count)
     ]
-    operation = Operation(
-        organ=name,
-        organ_version=organ.manifest.version,
-        organ_file_digest=organ.manifest.file_digest,
-        mode="replace" if explant else "insert",
-        position=at,
-        explant=explant,
-        explant_origins=before[at : at + organ.layer_count] if explant else [],
-        manifest=organ.manifest,
-        verified=verified,
-        when=now(),
-    )
+    layers = []
+    for position, step in enumerate(steps):
+        digest = layer_digest(written.digests, checkpoint.layer_prefix, position)
+        name, layer = sources[step.layer] if step.source == "organ" else ("", 0)
+        layers.append(before[step.layer] if not name else Origin(organ=name, layer=layer, digest=digest))
+    operations = [
+        _operation(name, placement, explant, before, verified)
+        for name, placement, explant in zip(names, placements, explants, strict=True)
+    ]
     return SurgicalRecord(
         neurograft_version=__version__,
         recipient=previous.recipient if previous else checkpoint.directory.name,
@@ -111,9 +105,29 @@ def make_record(
         tensors_digest=combine_known(written.digests),
         config_digest=file_sha256(target / "config.json"),
         layers=layers,
-        operations=[*(previous.operations if previous else []), operation],
+        # From the last to the first, so that each position is also the one in the model as the one before left it.
+        operations=[*(previous.operations if previous else []), *reversed(operations)],
         recoveries=previous.recoveries if previous else [],
         linked=written.linked,
+    )
+
+
+def _operation(
+    name: str, placement: Placement, explant: str | None, before: Sequence[Origin], verified: Verify
+) -> Operation:
+    """Describe the transplant of one organ into layers that came from where `before` says."""
+    manifest = placement.organ.manifest
+    return Operation(
+        organ=name,
+        organ_version=manifest.version,
+        organ_file_digest=manifest.file_digest,
+        mode=placement.mode,
+        position=placement.at,
+        explant=explant,
+        explant_origins=list(before[placement.at : placement.stop]),
+        manifest=manifest.model_copy(update={"sketch": None}),  # most of its size, and of use only in the organ file
+        verified=verified,
+        when=now(),
     )
 
 
@@ -138,9 +152,25 @@ def layer_digest(digests: Mapping[str, str | None], prefix: str, layer: int) -> 
     )
 
 
-def unique_name(name: str, checkpoint: Checkpoint) -> str:
-    """Return the organ's name, numbered if one of that name is in the recipient already."""
+def unique_names(placements: Sequence[Placement], checkpoint: Checkpoint) -> list[str]:
+    """Return the organs' names, numbered where one of that name is in the recipient already, or among them before."""
     record = read_record(checkpoint.directory.path)
     taken = {operation.organ for operation in record.operations} if record else set()
-    candidates = [name, *(f"{name[:90]}-{number}" for number in range(2, len(taken) + 2))]
-    return next(candidate for candidate in candidates if candidate not in taken)
+    names = []
+    for name in (placement.organ.name for placement in placements):
+        candidates = [name, *(f"{name[:90]}-{number}" for number in range(2, len(taken) + 2))]
+        names.append(next(candidate for candidate in candidates if candidate not in taken))
+        taken.add(names[-1])
+    return names
+
+
+def free_explant(name: str, directory: Path) -> str:
+    """Return the path, relative to a model directory, of an explant that is not there yet.
+
+    A file of the organ's own name may be there although no such organ is: another one may stand for a layer in it.
+    """
+    path, number = f"{EXPLANT_FOLDER}/{name}.safetensors", 1
+    while (directory / path).exists():
+        number += 1
+        path = f"{EXPLANT_FOLDER}/{name}-{number}.safetensors"
+    return path

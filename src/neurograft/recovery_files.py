@@ -19,7 +19,7 @@ from neurograft.model_files import Written, plan_files, write_model
 from neurograft.models import ModelDirectory, load_model_and_unused
 from neurograft.number_formats import held, load_piece
 from neurograft.organ import Organ, clean_name
-from neurograft.record import EXPLANT_FOLDER, layer_digest
+from neurograft.record import EXPLANT_FOLDER, free_explant, layer_digest
 from neurograft.steps import Step
 from neurograft.tensor_files import Piece, torch_name
 from neurograft.training.recovery import RecoveryPlan
@@ -149,18 +149,17 @@ def _write_explants(
     """Save layers as they were before, a file for each run of them; return layer -> (path, number in the file)."""
     places: dict[int, tuple[str, int]] = {}
     for run in _runs(numbers):
-        name = _free_name(case.name, run, target / EXPLANT_FOLDER)
+        path = free_explant(clean_name(f"{case.name[:60]}-beside-{run.start}-{run.stop}"), target)
         explant = organ_from_checkpoint(
             case.checkpoint,
             run,
             answers=answers,
             dtype="float32",
-            name=name,
+            name=Path(path).stem,
             description=f"what stood beside {case.name} before recovery",
             kind="explant",
         )
         (target / EXPLANT_FOLDER).mkdir(exist_ok=True)
-        path = f"{EXPLANT_FOLDER}/{name}.safetensors"
         explant.save(target / path)
         places.update({number: (path, number - run.start) for number in run})
     return places
@@ -175,16 +174,6 @@ def _runs(numbers: Sequence[int]) -> list[range]:
         else:
             runs.append(range(number, number + 1))
     return runs
-
-
-def _free_name(organ: str, layers: range, folder: Path) -> str:
-    """Return a name for an explant that no file in the folder has."""
-    start = clean_name(f"{organ[:60]}-beside-{layers.start}-{layers.stop}")
-    name, number = start, 1
-    while (folder / f"{name}.safetensors").exists():
-        number += 1
-        name = f"{start}-{number}"
-    return name
 
 
 def take_over_written(

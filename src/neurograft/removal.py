@@ -23,6 +23,7 @@ from neurograft.manifest import (
     RECORD_FILE,
     SCHEMA_VERSION,
     Digest,
+    ExplantLayer,
     Manifest,
     Operation,
     Origin,
@@ -36,12 +37,12 @@ from neurograft.steps import Step
 from neurograft.studies import study_order, studying
 from neurograft.tensor_files import Piece
 from neurograft.undoing import (
-    ExplantLayer,
     OldLayer,
     choose_operation,
     explants_of,
     label_of,
     layers_without,
+    operations_without,
     recoveries_without,
 )
 
@@ -169,7 +170,7 @@ class _Excision:
     @property
     def left(self) -> list[Operation]:
         """The transplants that stay."""
-        return [other for other in self.record.operations if other is not self.operation]
+        return operations_without(self.record, self.operation)
 
     def write(self, output: Path, *, overwrite: bool) -> Removal:
         """Write the model without the organ, prove what it is, and give it its name."""
@@ -209,13 +210,13 @@ class _Excision:
     def _write_rest(self, written: Written, origins: list[Origin], target: Path) -> None:
         """Write what lies beside a model that still holds other organs: their explants and the record."""
         (target / EXPLANT_FOLDER).mkdir()
-        recoveries = recoveries_without(self.record, self.operation.organ)
-        for path in explants_of(self.left, recoveries):
+        recoveries, left = recoveries_without(self.record, self.operation.organ), self.left
+        for path in explants_of(left, recoveries):
             shutil.copyfile(self.checkpoint.directory.path / path, target / path)
         update = {
             "schema_version": SCHEMA_VERSION,
             "layers": origins,
-            "operations": self.left,
+            "operations": left,
             "recoveries": recoveries,
             "tensors_digest": combine_known(written.digests),
             "config_digest": file_sha256(target / "config.json"),

@@ -12,8 +12,10 @@ from rich.text import Text
 from neurograft.files import human_bytes
 
 if TYPE_CHECKING:
+    from neurograft.alignment import AlignmentCurve
     from neurograft.caching import CacheReport
     from neurograft.compat import CheckReport
+    from neurograft.composition_report import CompositionReport
     from neurograft.evaluation import EvaluationReport
     from neurograft.manifest import Manifest, SurgicalRecord
     from neurograft.placement.proposal import PlanReport, Proposal
@@ -27,6 +29,7 @@ _VERIFIED = {
     "bytes": "planned without weights, every byte digested",
     "layers": "planned without weights, every byte digested, every layer's answers and the KV cache compared",
 }
+_BARS = "▁▂▃▄▅▆▇█"
 _COLOURS = {"blocks": "bold red", "risks": "yellow", "notes": "dim"}
 
 
@@ -65,6 +68,9 @@ def manifest(organ: Manifest, size: int | None = None) -> RenderableType:
     for name, value in (("licence", organ.license), ("about", organ.description)):
         if value:
             rows.append((name, value))
+    if organ.merged is not None:
+        parents = (f"{parent.name} {parent.version} ({parent.weight:.0%})" for parent in organ.merged.parents)
+        rows.append(("merged", f"by {organ.merged.method} from {', '.join(parents)}"))
     if training is not None:
         rows.append(
             (
@@ -92,6 +98,8 @@ def manifest(organ: Manifest, size: int | None = None) -> RenderableType:
                 f"of {len(scanned.points)} places{ratio}",
             )
         )
+    if organ.sketch is not None:
+        rows.append(("sketch", f"hidden states around it on {organ.sketch.tokens:,} tokens of a public text"))
     rows += [("created", organ.created), ("file digest", organ.file_digest)]
     return facts(f"organ {organ.name}", rows)
 
@@ -118,18 +126,64 @@ def check_report(report: CheckReport) -> RenderableType:
     verdict = Text("does not fit", style="bold red") if report.blocked else Text("fits", style="bold green")
     if not report.findings:
         return Text("fits; nothing differs", style="bold green")
+    if report.alignment is not None:
+        return Group(table, _alignment(report.alignment), verdict)
     return Group(table, verdict)
 
 
-def record(surgery: SurgicalRecord, output: str) -> RenderableType:
-    """Render what a transplant did."""
-    operation = surgery.operations[-1]
-    rows = [
-        ("organ", f"{operation.organ} {operation.organ_version}"),
-        ("done", f"{operation.mode} at position {operation.position}"),
+def _alignment(found: AlignmentCurve) -> RenderableType:
+    """Draw the distance at every position as a row of bars, with the best position and the one asked for in figures."""
+    bars = "".join(_BARS[min(int(entry.distance * len(_BARS)), len(_BARS) - 1)] for entry in found.curve)
+    rows = [("at 0 to " + str(found.curve[-1].position), bars)]
+    for name, position in (("asked for", found.position), ("most alike", found.best)):
+        entry = next(entry for entry in found.curve if entry.position == position)
+        rows.append(
+            (
+                name,
+                f"{position}: {entry.verdict}, distance {entry.distance:.3f}, CKA {entry.cka_entering:.3f} entering, "
+                f"{entry.cka_leaving:.3f} leaving",
+            )
+        )
+    return facts("distance of hidden states, from 0 to 1, by position", rows)
+
+
+def composition(report: CompositionReport) -> RenderableType:
+    """Render what `compose` found: the stack of layers, the matrix, the findings."""
+    parts: list[RenderableType] = []
+    if report.layers:
+        parts.append(facts("layers", [("", report.stack())]))
+    if report.rows:
+        header, rows = report.table()
+        matrix = Table(title="perplexity (ratio to the recipient's, 95 % interval)", title_justify="left")
+        for number, column in enumerate(header):
+            matrix.add_column(Text(column), justify="right" if number else "left")
+        for row in rows:
+            matrix.add_row(*map(Text, row))
+        parts.append(matrix)
+    table = Table(title_justify="left")
+    for name in ("severity", "organ", "what", "why it matters"):
+        table.add_column(name, overflow="fold")
+    found = [("all", finding) for finding in report.findings]
+    found += [(organ.name, finding) for organ in report.organs for finding in organ.findings]
+    for organ, finding in found:
+        shown = Text(finding.severity, style=_COLOURS[finding.severity])
+        table.add_row(shown, Text(organ), Text(finding.subject), Text(finding.sentence().partition(": ")[2]))
+    style = "bold red" if report.blocked else "bold green"
+    return Group(*parts, *([table] if found else []), Text(report.verdict(), style=style))
+
+
+def record(surgery: SurgicalRecord, output: str, organs: int = 1) -> RenderableType:
+    """Render what a transplant of so many organs did."""
+    rows = []
+    for operation in reversed(surgery.operations[-organs:]):
+        rows += [
+            ("organ", f"{operation.organ} {operation.organ_version}"),
+            ("done", f"{operation.mode} at position {operation.position}"),
+            ("taken out", operation.explant or "nothing"),
+        ]
+    rows += [
         ("layers", str(len(surgery.layers))),
-        ("taken out", operation.explant or "nothing"),
-        ("verified", _VERIFIED[operation.verified]),
+        ("verified", _VERIFIED[surgery.operations[-1].verified]),
         ("tensors digest", surgery.tensors_digest or "not made: linked files were not read"),
     ]
     return facts(output, rows)

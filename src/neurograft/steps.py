@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,11 +31,32 @@ def order_layers(layer_count: int, organ_layers: int, *, at: int, mode: Mode) ->
     Raises:
         UsageError: The position is out of range, or the mode has another name.
     """
-    check_position(layer_count, organ_layers, at=at, mode=mode)
-    resume = at + organ_layers if mode == "replace" else at
-    before = [Step("recipient", layer) for layer in range(at)]
-    organ = [Step("organ", layer) for layer in range(organ_layers)]
-    return (*before, *organ, *(Step("recipient", layer) for layer in range(resume, layer_count)))
+    return order_several(layer_count, [(organ_layers, at, mode)])
+
+
+def order_several(layer_count: int, places: Sequence[tuple[int, int, Mode]]) -> tuple[Step, ...]:
+    """Return the order of layers after putting several organs into a model of L layers.
+
+    Args:
+        layer_count: L.
+        places: For each organ k, position and mode, in the order in which they stand; no two overlap. Positions are
+            those in the model as it is before.
+
+    Returns:
+        The steps. The organs' layers are numbered through, from the first organ's first to the last one's last.
+
+    Raises:
+        UsageError: A position is out of range, or a mode has another name.
+    """
+    steps: list[Step] = []
+    done = numbered = 0
+    for organ_layers, at, mode in places:
+        check_position(layer_count, organ_layers, at=at, mode=mode)
+        steps += [Step("recipient", layer) for layer in range(done, at)]
+        steps += [Step("organ", numbered + layer) for layer in range(organ_layers)]
+        numbered += organ_layers
+        done = at + organ_layers if mode == "replace" else at
+    return (*steps, *(Step("recipient", layer) for layer in range(done, layer_count)))
 
 
 def check_position(layer_count: int, organ_layers: int, *, at: int, mode: Mode) -> None:

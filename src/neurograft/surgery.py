@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from neurograft.manifest import Mode
 from neurograft.mixed_dtypes import convert_at_borders
 from neurograft.organ import Organ, read_organ
 from neurograft.planning import Plan, make_plan, organ_origins, plan_graft
+from neurograft.several import Modes, Organs, Placement, Positions, each, in_order, list_organs, refuse_collisions
 from neurograft.steps import Step, recommended_place
 
 if TYPE_CHECKING:
@@ -179,25 +180,52 @@ def give_up_originals(model: PreTrainedModel, attachment: Attachment) -> None:
 @contextmanager
 def graft(
     model: PreTrainedModel,
-    organ: Organ | str | Path,
+    organ: Organs,
     *,
-    at: int | None = None,
-    mode: Mode | None = None,
+    at: Positions = None,
+    mode: Modes = None,
     verify: bool = True,
 ) -> Iterator[PreTrainedModel]:
-    """Hold an organ in a loaded model for the length of a `with` block.
+    """Hold one or several organs in a loaded model for the length of a `with` block.
 
-    Yields `model` itself; on exit, also by an exception, it is exactly what it was. Arguments, errors: as in `attach`.
+    Yields `model` itself; on exit, also by an exception, it is exactly what it was. Arguments, errors: as in `attach`;
+    for several organs, positions and modes as in `transplant`.
+
+    Raises:
+        IncompatibleError: Two organs would stand in each other's way.
     """
-    attachment = attach(model, organ, at=at, mode=mode, verify=verify)
-    try:
+    _require_model(model)
+    with ExitStack() as blocks:
+        # From the last to the first, so that each position is still the one that was meant.
+        for placement in reversed(_placements(model, organ, at, mode)):
+            attachment = attach(model, placement.organ, at=placement.at, mode=placement.mode, verify=verify)
+            blocks.callback(_detach_own, model, attachment)
         yield model
-    finally:
-        stack = _attached.get(model, [])
-        if any(other is attachment for other in stack[:-1]):
-            raise UsageError(f"organs attached after {attachment.organ.name} must be detached before its block ends.")
-        if stack and stack[-1] is attachment:  # and was not detached inside the block
-            detach(model)
+
+
+def _placements(model: PreTrainedModel, organs: Organs, at: Positions, mode: Modes) -> list[Placement]:
+    """Decide where organs go in a loaded model, in the order in which they come to stand."""
+    opened = [organ if isinstance(organ, Organ) else read_organ(organ) for organ in list_organs(organs)]
+    places = zip(opened, each(at, len(opened), "position"), each(mode, len(opened), "mode"), strict=True)
+    placements = [
+        Placement(organ, *recommended_place(organ.manifest, at=position, mode=chosen))
+        for organ, position, chosen in places
+    ]
+    refuse_collisions(placements, len(describe(skeleton_of(model)).rows))
+    return in_order(placements)
+
+
+def _detach_own(model: PreTrainedModel, attachment: Attachment) -> None:
+    """Detach what a block attached, unless that was done inside the block.
+
+    Raises:
+        UsageError: Others were attached after it.
+    """
+    stack = _attached.get(model, [])
+    if any(other is attachment for other in stack[:-1]):
+        raise UsageError(f"organs attached after {attachment.organ.name} must be detached before its block ends.")
+    if stack and stack[-1] is attachment:
+        detach(model)
 
 
 def _require_model(model: Any) -> None:
@@ -377,20 +405,22 @@ def _verify_or_undo(
     """Ask all layers the probe questions again, and detach if one answers otherwise."""
     try:
         after = probe.probe_layers(model, path)
-        verify_graft(attachment.organ, plan.steps, before, after, str(model.dtype).removeprefix("torch."))
+        verify_graft([attachment.organ], plan.steps, before, after, str(model.dtype).removeprefix("torch."))
     except BaseException:
         detach(model)
         raise
 
 
-def verify_graft(organ: Organ, steps: Sequence[Step], before: torch.Tensor, after: torch.Tensor, dtype: str) -> None:
+def verify_graft(
+    organs: Sequence[Organ], steps: Sequence[Step], before: torch.Tensor, after: torch.Tensor, dtype: str
+) -> None:
     """Check that every layer of a grafted model answers the probe as it did where it comes from.
 
     The layers of an organ that was never asked, and so carries no answers, can't be compared.
 
     Args:
-        organ: The organ.
-        steps: Where each layer comes from.
+        organs: The organs, in the order in which they stand.
+        steps: Where each layer comes from; the organs' layers are numbered through.
         before: (L, T, S) answers of the recipient's layers before.
         after: (L', T, S) answers of the new model's layers.
         dtype: The dtype that both were computed in.
@@ -398,17 +428,19 @@ def verify_graft(organ: Organ, steps: Sequence[Step], before: torch.Tensor, afte
     Raises:
         VerificationError: Names the layer.
     """
-    if organ.manifest.probe is not None:
-        positions = [position for position, step in enumerate(steps) if step.source == "organ"]
-        probe.verify_answers(organ.manifest.probe, after[positions], dtype, organ.name)
+    positions = [position for position, step in enumerate(steps) if step.source == "organ"]
+    for organ in organs:
+        own, positions = positions[: organ.layer_count], positions[organ.layer_count :]
+        if organ.manifest.probe is not None:
+            probe.verify_answers(organ.manifest.probe, after[own], dtype, organ.name)
     for position, step in enumerate(steps):
         if step.source == "recipient":
             error = probe.relative_error(before[step.layer], after[position])
             if not error <= probe.TOLERANCE_SAME_DTYPE:
                 raise VerificationError(
                     f"the recipient's layer {step.layer} would compute something else at position {position} "
-                    f"(answers to the probe differ by {error:.2g} of their size), so the organ {organ.name} was not "
-                    f"put in."
+                    f"(answers to the probe differ by {error:.2g} of their size), so the organ "
+                    f"{' and '.join(organ.name for organ in organs)} was not put in."
                 )
 
 

@@ -1,10 +1,10 @@
-"""Put an organ into a model directory; the result is checked before it gets its name."""
+"""Put organs into a model directory; the result is checked before it gets its name."""
 
 from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -17,11 +17,9 @@ from neurograft.extraction import organ_from_checkpoint
 from neurograft.files import (
     atomic_directory,
     check_output_directory,
-    combine_digests,
 )
 from neurograft.manifest import (
     RECORD_FILE,
-    Mode,
     SurgicalRecord,
     Verify,
 )
@@ -31,11 +29,24 @@ from neurograft.models import (
     resolve,
 )
 from neurograft.number_formats import converted
-from neurograft.organ import Organ, clean_name, open_organ
-from neurograft.record import EXPLANT_FOLDER, make_record, unique_name
-from neurograft.steps import Step, order_layers
+from neurograft.organ import clean_name
+from neurograft.record import EXPLANT_FOLDER, combine_known, free_explant, make_record, unique_names
+from neurograft.several import (
+    Modes,
+    Organs,
+    Placement,
+    Positions,
+    each,
+    in_order,
+    numbers_of,
+    open_organs,
+    pieces_of_all,
+    refuse_collisions,
+    steps_of,
+)
+from neurograft.steps import Step
 from neurograft.streaming import loaded_to_ask
-from neurograft.studies import studying
+from neurograft.studies import study_order, studying
 from neurograft.tensor_files import Piece, bytes_of
 
 if TYPE_CHECKING:
@@ -45,27 +56,30 @@ log = logging.getLogger("neurograft")
 
 
 def transplant(
-    organ: str | Path | Organ,
+    organ: Organs,
     recipient: str | Path,
     *,
-    at: int | None = None,
-    mode: Mode | None = None,
+    at: Positions = None,
+    mode: Modes = None,
     output: str | Path,
     link: Link = "auto",
     verify: Verify | Literal["auto"] = "auto",
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> SurgicalRecord:
-    """Put an organ into a recipient on disk; the result is a new plain transformers directory.
+    """Put one or several organs into a recipient on disk; the result is a new plain transformers directory.
 
     The recipient is never changed. Bytes are copied, or linked, without loading the model: memory stays the same
-    whatever its size. What `replace` took out is kept beside it, so that `remove` is exact.
+    whatever its size. What `replace` took out is kept beside it, so that `remove` is exact. Several organs are put in
+    at once, and each can leave again by itself.
 
     Args:
-        organ: An organ, or the path of its file.
+        organ: An organ, or the path of its file, or several of these.
         recipient: A local transformers directory, a `.gguf` file or a Hub id.
-        at: Position, 0 to L; left out, the one that matches by weights, else the one that the organ recommends.
-        mode: `replace` or `insert`; left out, what the organ recommends.
+        at: Position, 0 to L; left out, the one that matches by weights, else the one that the organ recommends. For
+            several organs one each, `None` to leave it out; all are positions in the recipient as it is before. Of what
+            is inserted at the same position, the first comes first.
+        mode: `replace` or `insert`; left out, what the organ recommends. For several organs one for all, or one each.
         output: Directory to write.
         link: What happens to files that stay as they are. `auto`: they share blocks with the recipient's where the file
             system can do that, and are copied elsewhere; `hard`: hard links where it can't; `copy`: always copied.
@@ -83,42 +97,77 @@ def transplant(
     Raises:
         UsageError: The position is out of range, or `output` exists or overlaps the recipient.
         OrganFileError, ModelError: An input can't be read or trusted.
-        IncompatibleError: The organ does not fit.
+        IncompatibleError: An organ does not fit, or two would stand in each other's way.
         VerificationError: The result would compute something else; nothing was written.
     """
     output = Path(output)
     directory = resolve(recipient, trust_remote_code=trust_remote_code)
     check_output_directory(output, overwrite=overwrite, inputs=[directory.path])
-    organ = organ if isinstance(organ, Organ) else open_organ(organ)
     with studying():
         checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
-        log.info("checking %s against %s", organ.name, directory.name)
+        placements, config = place_organs(organ, checkpoint, at=at, mode=mode, trust_remote_code=trust_remote_code)
+        level = verify if verify != "auto" else "layers" if checkpoint.runs_easily else "bytes"
+        operation = Surgery(tuple(placements), checkpoint, link, level, trust_remote_code)
+        return operation.write(config, output, overwrite=overwrite)
+
+
+def place_organs(
+    organs: Organs, checkpoint: Checkpoint, *, at: Positions, mode: Modes, trust_remote_code: bool
+) -> tuple[list[Placement], str]:
+    """Decide where each organ goes, check each, and refuse what does not go together.
+
+    Returns:
+        The organs in the order in which they come to stand, and the `config.json` of the result.
+
+    Raises:
+        UsageError, OrganFileError, IncompatibleError: See `transplant`.
+    """
+    opened = open_organs(organs)
+    places = zip(opened, each(at, len(opened), "position"), each(mode, len(opened), "mode"), strict=True)
+    placements, config = [], None
+    for organ, position, chosen in places:
+        log.info("checking %s against %s", organ.name, checkpoint.directory.name)
         report, config = check_checkpoint(
-            organ, checkpoint, at=at, mode=mode, look_for_match=False, trust_remote_code=trust_remote_code
+            organ, checkpoint, at=position, mode=chosen, look_for_match=False, trust_remote_code=trust_remote_code
         )
         refuse_blocked(report)
-        assert config is not None
-        level = verify if verify != "auto" else "layers" if checkpoint.runs_easily else "bytes"
-        operation = Surgery(organ, checkpoint, report.position, report.mode, link, level, trust_remote_code)
-        return operation.write(config, output, overwrite=overwrite)
+        placements.append(Placement(organ, report.position, report.mode))
+    refuse_collisions(placements, checkpoint.layer_count)
+    placements = in_order(placements)
+    if len(placements) > 1:
+        config = config_of(placements, checkpoint, trust_remote_code=trust_remote_code)
+    assert config is not None
+    return placements, config
+
+
+def config_of(placements: Sequence[Placement], checkpoint: Checkpoint, *, trust_remote_code: bool) -> str:
+    """Return the `config.json` of a recipient with several organs in it.
+
+    Raises:
+        IncompatibleError: Some layer would compute something else beside the other organs.
+    """
+    layers = [
+        (placement.organ.manifest, layer) for placement in placements for layer in range(placement.organ.layer_count)
+    ]
+    steps = steps_of(placements, checkpoint.layer_count)
+    return study_order(checkpoint.directory, steps, layers, trust_remote_code=trust_remote_code).config
 
 
 @dataclass(frozen=True)
 class Surgery:
     """A transplant that was found possible."""
 
-    organ: Organ
+    placements: tuple[Placement, ...]
+    """The organs, in the order in which they come to stand."""
     checkpoint: Checkpoint
-    at: int
-    mode: Mode
     link: Link
     verify: Verify
     trust_remote_code: bool
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """Where each layer of the result comes from."""
-        return order_layers(self.checkpoint.layer_count, self.organ.layer_count, at=self.at, mode=self.mode)
+        """Where each layer of the result comes from; the organs' layers are numbered through."""
+        return steps_of(self.placements, self.checkpoint.layer_count)
 
     def write(self, config: str, output: Path, *, overwrite: bool) -> SurgicalRecord:
         """Write the result, check it and give it its name."""
@@ -138,10 +187,10 @@ class Surgery:
                 further_bytes=bytes_of(leaving.values()),
             )
             self._verify_organ(fitted, written)
-            explant = self._write_explant(before, temporary)
+            explants = self._write_explants(before, temporary)
             original = self._original_digests(written, leaving)
             record = make_record(
-                self.organ, self.checkpoint, self.steps, self.at, written, original, temporary, explant, self.verify
+                self.placements, self.checkpoint, self.steps, written, original, temporary, explants, self.verify
             )
             (temporary / RECORD_FILE).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
             if before is not None:
@@ -150,13 +199,13 @@ class Surgery:
         return record
 
     def _dtypes(self) -> dict[str, tuple[Piece, str]]:
-        """Return the organ's tensors, each with the dtype that the recipient's layers have there on disk."""
+        """Return the organs' tensors, each with the dtype that the recipient's layers have there on disk."""
         dtypes = {inner: piece.dtype for inner, piece in self.checkpoint.layer_pieces(0).items()}
         plain = [piece.dtype for piece in self.checkpoint.layer_pieces(0).values() if piece.is_float]
         common = max(set(plain), key=plain.count) if plain else None
         return {
             name: (piece, dtypes.get(name.split(".", 2)[2], common or piece.dtype))
-            for name, piece in self.organ.pieces.items()
+            for name, piece in pieces_of_all(self.placements).items()
         }
 
     def _leaving(self) -> dict[str, Piece]:
@@ -170,39 +219,43 @@ class Surgery:
         return {**{old: written.digests[new] for old, new in kept.items()}, **self.checkpoint.digests_of(leaving)}
 
     def _verify_organ(self, fitted: Mapping[str, Piece], written: Written) -> None:
-        """Check that the organ's bytes, as copied, are those that its file was checked to hold.
+        """Check that the organs' bytes, as copied, are those that their files were checked to hold.
 
         Raises:
-            VerificationError: The file was changed meanwhile.
+            VerificationError: A file was changed meanwhile.
         """
-        if self.organ.path is None or dict(fitted) != dict(self.organ.pieces):
-            return
-        names = {
-            f"layers.{step.layer}.": f"{self.checkpoint.layer_prefix}{position}."
-            for position, step in enumerate(self.steps)
-            if step.source == "organ"
-        }
-        copied = {
-            name: written.digests[start + name.split(".", 2)[2]]
-            for old, start in names.items()
-            for name in fitted
-            if name.startswith(old)
-        }
-        digests = {name: digest for name, digest in copied.items() if digest is not None}
-        if combine_digests(digests) != self.organ.manifest.tensors_digest:
-            raise VerificationError(f"{self.organ.path} was changed while it was copied; the result was not kept.")
+        positions = [position for position, step in enumerate(self.steps) if step.source == "organ"]
+        for placement, numbers in numbers_of(self.placements):
+            organ, digests, as_it_is = placement.organ, dict[str, str | None](), True
+            if organ.path is None:
+                continue
+            for name, piece in organ.pieces.items():
+                _, layer, inner = name.split(".", 2)
+                number = numbers[int(layer)]
+                as_it_is &= fitted[f"layers.{number}.{inner}"] == piece
+                digests[name] = written.digests[f"{self.checkpoint.layer_prefix}{positions[number]}.{inner}"]
+            if as_it_is and combine_known(digests) != organ.manifest.tensors_digest:
+                raise VerificationError(f"{organ.path} was changed while it was copied; the result was not kept.")
 
-    def _write_explant(self, before: _Measured | None, target: Path) -> str | None:
-        """Save what `replace` takes out as an organ of its own; return its path relative to `target`."""
+    def _write_explants(self, before: _Measured | None, target: Path) -> list[str | None]:
+        """Save what each `replace` takes out as an organ of its own.
+
+        Returns:
+            For each placement the path relative to `target`, `None` for what is inserted.
+        """
         old = self.checkpoint.directory.path / EXPLANT_FOLDER
         if old.is_dir():
             shutil.copytree(old, target / EXPLANT_FOLDER)
-        if self.mode == "insert":
-            return None
-        name = unique_name(self.organ.name, self.checkpoint)
+        names = unique_names(self.placements, self.checkpoint)
+        return [
+            None if placement.mode == "insert" else self._write_explant(placement, name, before, target)
+            for placement, name in zip(self.placements, names, strict=True)
+        ]
+
+    def _write_explant(self, placement: Placement, name: str, before: _Measured | None, target: Path) -> str:
         explant = organ_from_checkpoint(
             self.checkpoint,
-            range(self.at, self.at + self.organ.layer_count),
+            range(placement.at, placement.stop),
             answers=before.answers if before else None,
             dtype=before.dtype if before else "",
             name=clean_name(f"{name}-explant"[:96]),
@@ -210,7 +263,7 @@ class Surgery:
             kind="explant",
         )
         (target / EXPLANT_FOLDER).mkdir(exist_ok=True)
-        path = f"{EXPLANT_FOLDER}/{name}.safetensors"
+        path = free_explant(name, target)
         explant.save(target / path)
         return path
 
@@ -233,7 +286,8 @@ class Surgery:
                 f"the result would hold tensors that its model has no place for, such as {sorted(new)[0]}; it was not "
                 f"kept."
             )
-        verify_graft(self.organ, self.steps, before.answers, after.answers, after.dtype)
+        organs = [placement.organ for placement in self.placements]
+        verify_graft(organs, self.steps, before.answers, after.answers, after.dtype)
         if after.cache_gap > max(10 * before.cache_gap, 1e-3):
             raise VerificationError(
                 f"with the KV cache the result's logits are {after.cache_gap:.2g} of their size off (the recipient's: "

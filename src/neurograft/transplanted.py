@@ -40,7 +40,7 @@ class Transplanted:
             raise ModelError(f"{source.path} has no {RECORD_FILE}: no organ was put into it by neurograft.")
         operation = choose_operation(record, organ)
         for other in record.operations:
-            if any(origin.organ == operation.organ for origin in other.explant_origins):
+            if any(origin is not None and origin.organ == operation.organ for origin in other.explant_origins):
                 raise UsageError(
                     f"the organ {other.organ} replaced layers of {operation.organ}; recover around {other.organ}, or "
                     "remove it first."

@@ -1,30 +1,22 @@
 """What has to be undone before an organ can leave a model, and what each layer then was: read off the surgical record.
 
 A layer is known by where it came from, (organ, number there), whatever stands before it now. Transplants and recoveries
-change layers one after the other, and only the last change of a layer can be undone exactly.
+change layers one after the other, and only the last training of a layer can be undone exactly. Transplants can leave in
+any order: where one replaced layers of another, it takes over what those stood for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from neurograft.errors import ModelError, UsageError
-from neurograft.manifest import Operation, Origin, Recovery, SurgicalRecord
+from neurograft.manifest import ExplantLayer, Operation, Origin, Recovery, SurgicalRecord
 
 LayerKey = tuple[str | None, int]
 Change = tuple[str, set[LayerKey]]
 """Around which organ a recovery was, and what it trained."""
 Reasons = dict[str, str]
-
-
-@dataclass(frozen=True)
-class ExplantLayer:
-    """One layer in one of the explants beside a model."""
-
-    path: str
-    """Relative to the model directory."""
-    layer: int
 
 
 @dataclass(frozen=True)
@@ -71,19 +63,61 @@ def layers_without(record: SurgicalRecord, operation: Operation) -> list[OldLaye
         ModelError: The record contradicts itself.
     """
     refuse_blocked_removal(record, operation.organ)
-    own = {origin.layer for origin in record.layers if origin.organ == operation.organ}
+    _verify_whole(record, operation)
+    trained = _before_recovery(record, operation.organ)
+    present = (OldLayer(position, origin) for position, origin in enumerate(record.layers))
+    return [old for layer in present if (old := _without(layer, operation, trained)) is not None]
+
+
+def operations_without(record: SurgicalRecord, operation: Operation) -> list[Operation]:
+    """Return the other transplants, as they would be had one organ never been put in.
+
+    Where one replaced layers of that organ, or layers that were trained around it, it gets what had been there before.
+    """
+    trained = _before_recovery(record, operation.organ)
+    rest = []
+    for other in (other for other in record.operations if other is not operation):
+        old = [
+            None if item is None else _without(OldLayer(item[1], item[0]), operation, trained)
+            for item in other.replaced
+        ]
+        places = [layer.source if layer and isinstance(layer.source, ExplantLayer) else None for layer in old]
+        if places != [item[1] if item else None for item in other.replaced]:
+            own = any(place is not None and place.path == other.explant for place in places)
+            update = {
+                "explant": other.explant if own else None,
+                "explant_origins": [layer.origin if layer else None for layer in old],
+                "explant_places": places,
+            }
+            other = other.model_copy(update=update)
+        rest.append(other)
+    return rest
+
+
+def _without(layer: OldLayer, operation: Operation, trained: Mapping[LayerKey, OldLayer]) -> OldLayer | None:
+    """Return what one layer would be without an organ; `None` if there would be nothing in its place.
+
+    Args:
+        layer: What it is.
+        operation: The organ's transplant.
+        trained: What the layers that were trained around the organ were before; see `_before_recovery`.
+    """
+    if layer.origin.organ != operation.organ:
+        return trained.get(key_of(layer.origin), layer)
+    replaced = operation.replaced[layer.origin.layer] if operation.mode == "replace" else None
+    return None if replaced is None else OldLayer(replaced[1], replaced[0])
+
+
+def _verify_whole(record: SurgicalRecord, operation: Operation) -> None:
+    """Check that each layer of an organ that replaced others is in the model, or in what another organ replaced.
+
+    Raises:
+        ModelError: One is missing.
+    """
+    kept = [item[0] for other in record.operations for item in other.replaced if item is not None]
+    own = {origin.layer for origin in [*record.layers, *kept] if origin.organ == operation.organ}
     if operation.mode == "replace" and own != set(range(len(operation.explant_origins))):
         raise ModelError(f"the surgical record does not list all layers of {operation.organ}.")
-    before = _before_recovery(record, operation.organ)
-    layers = []
-    for position, origin in enumerate(record.layers):
-        if origin.organ != operation.organ:
-            layers.append(before.get(key_of(origin)) or OldLayer(position, origin))
-        elif operation.mode == "replace" and operation.explant is not None:
-            layers.append(
-                OldLayer(ExplantLayer(operation.explant, origin.layer), operation.explant_origins[origin.layer])
-            )
-    return layers
 
 
 def _before_recovery(record: SurgicalRecord, organ: str) -> dict[LayerKey, OldLayer]:
@@ -92,19 +126,20 @@ def _before_recovery(record: SurgicalRecord, organ: str) -> dict[LayerKey, OldLa
     for recovery in record.recoveries:
         for changed in recovery.changed:
             if recovery.organ == organ and changed.explant is not None:
-                old = OldLayer(ExplantLayer(changed.explant, changed.explant_layer), changed.origin)
+                place = ExplantLayer(path=changed.explant, layer=changed.explant_layer)
+                old = OldLayer(place, changed.origin)
                 before.setdefault(key_of(changed.origin), old)
     return before
 
 
 def refuse_blocked_removal(record: SurgicalRecord, organ: str) -> None:
-    """Refuse to remove an organ before others that were put over it, or trained over what was trained around it.
+    """Refuse to remove an organ before others around which what had been trained around it was trained again.
 
     Raises:
         UsageError: One sentence names what has to go first, and why.
     """
     inside = {operation.organ for operation in record.operations}
-    blockers = _blockers(record.operations, _changes(record), organ, inside)
+    blockers = _blockers(_changes(record), organ, inside)
     if blockers:
         name, reason = next(reversed(blockers.items()))
         raise UsageError(f"{reason}; remove {name} first.")
@@ -124,7 +159,7 @@ def refuse_entangled(record: SurgicalRecord, organ: str, origins: Sequence[Origi
     changes = [*_changes(record), (organ, {key_of(origin) for origin in origins})]
     inside = {operation.organ for operation in record.operations}
     while inside:
-        free = {name for name in inside if not _blockers(record.operations, changes, name, inside)}
+        free = {name for name in inside if not _blockers(changes, name, inside)}
         if not free:
             raise UsageError(
                 f"after this recovery none of {', '.join(sorted(inside))} could be removed before the others, since "
@@ -138,11 +173,10 @@ def _changes(record: SurgicalRecord) -> list[Change]:
     return [(recovery.organ, {key_of(layer.origin) for layer in recovery.changed}) for recovery in record.recoveries]
 
 
-def _blockers(operations: Sequence[Operation], changes: Sequence[Change], organ: str, inside: set[str]) -> Reasons:
+def _blockers(changes: Sequence[Change], organ: str, inside: set[str]) -> Reasons:
     """Return which of the organs `inside` have to go before `organ`, each with the reason.
 
     Args:
-        operations: All transplants.
         changes: All recoveries, first to last.
         organ: The organ that is to go.
         inside: The organs that are still there, this one included.
@@ -154,14 +188,6 @@ def _blockers(operations: Sequence[Operation], changes: Sequence[Change], organ:
             trained |= {key for key in changed if key[0] is None or key[0] in inside - {organ}}
         elif both := trained & changed:
             found[name] = f"the recovery around {name} trained {_name(both)} after that around {organ}"
-    for other in (other for other in operations if other.organ in inside - {organ}):
-        covered = {key_of(origin) for origin in other.explant_origins}
-        if any(owner == organ for owner, _ in covered):
-            found[other.organ] = f"the organ {other.organ} replaced layers of {organ}"
-        elif both := covered & trained:
-            found[other.organ] = (
-                f"the organ {other.organ} replaced {_name(both)}, which the recovery around {organ} had trained"
-            )
     return found
 
 
@@ -184,6 +210,6 @@ def recoveries_without(record: SurgicalRecord, organ: str) -> list[Recovery]:
 
 def explants_of(operations: Sequence[Operation], recoveries: Sequence[Recovery]) -> list[str]:
     """Return the paths of the explants that some transplants and recoveries need, each once."""
-    paths = [operation.explant for operation in operations]
-    paths += [layer.explant for recovery in recoveries for layer in recovery.changed]
-    return list(dict.fromkeys(path for path in paths if path is not None))
+    paths = [item[1].path for operation in operations for item in operation.replaced if item is not None]
+    paths += [layer.explant for recovery in recoveries for layer in recovery.changed if layer.explant is not None]
+    return list(dict.fromkeys(paths))

@@ -34,6 +34,7 @@ from neurograft.organ import (
     read_organ,
 )
 from neurograft.sharding import fill
+from neurograft.sketch import make_sketch
 from neurograft.steps import check_position
 from neurograft.surgery import Attachment, attach, attach_alone, give_up_originals, tensors_of
 from neurograft.training.host import check_precision, load_host, pack
@@ -206,7 +207,9 @@ def _train(
     run.train()
     if changes is not None:
         changes.merge()
-    return _trained_organ(organ, directory.name, model, attachment, texts, run)
+    trained = _trained_organ(organ, directory.name, model, attachment, texts, run)
+    sketch = make_sketch(model, tokenizer, attachment.positions, directory.name)
+    return Organ(trained.manifest.model_copy(update={"sketch": sketch}), trained.tensors)
 
 
 def _absent(organ: Organ, config: PreTrainedConfig, options: TrainingOptions) -> range:
