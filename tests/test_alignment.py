@@ -179,7 +179,7 @@ def test_a_large_model_is_not_loaded_unasked(
     trained: Path, model_directory: Factory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     donor = model_directory("llama", seed=0)
-    monkeypatch.setattr("neurograft.checkpoint._EASY_SHARE", 0.0)
+    monkeypatch.setattr("neurograft.checkpoint.EASY_SHARE", 0.0)
     assert check(trained, donor).alignment is None
     assert check(trained, donor, alignment="measure").alignment is not None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -105,8 +106,9 @@ def boundary_states(model: PreTrainedModel, windows: Sequence[Sequence[int]]) ->
     device = next(model.get_input_embeddings().parameters()).device
     try:
         with _hooks(layers, found, projection), eval_mode(model), torch.no_grad():
-            for window in windows:
-                model(input_ids=torch.tensor([window], device=device), use_cache=False)
+            # Together where they are as long: layers that are read from the disk are read once for all of them.
+            for _, alike in itertools.groupby(windows, key=len):
+                model(input_ids=torch.tensor(list(alike), device=device), use_cache=False)
     except (RuntimeError, IndexError, TypeError, AttributeError) as error:
         raise ModelError(
             f"the hidden states of this {model.config.model_type} model can't be read on the probe text "
@@ -126,13 +128,11 @@ def _hooks(layers: Sequence[nn.Module], found: list[list[torch.Tensor]], project
     """Note what enters each layer, and what leaves the last one."""
 
     def note(boundary: int, hidden: torch.Tensor) -> None:
-        length = hidden.shape[-2]
-        # Some models carry several streams, (..., T, hidden).
-        summed = (
-            hidden.detach().double().cpu().reshape(-1, length, hidden.shape[-1]).sum(dim=0)[SKIPPED:]
-        )  # (T, hidden)
-        scale = summed.square().mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-12)  # (T, 1)
-        found[boundary].append(summed / scale @ projection)  # (T, r)
+        # Some models carry several streams, (..., B, T, hidden).
+        streams = hidden.detach().double().cpu().reshape(-1, *hidden.shape[-3:])
+        summed = streams.sum(dim=0)[:, SKIPPED:].flatten(0, 1)  # (B T, hidden)
+        scale = summed.square().mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-12)  # (B T, 1)
+        found[boundary].append(summed / scale @ projection)  # (B T, r)
 
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], boundary: int) -> None:
         note(boundary, args[0] if args else kwargs["hidden_states"])
