@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from neurograft import evaluate, report, train, transplant
+from neurograft import compose, evaluate, report, train, transplant
 from neurograft.cli import app
 from neurograft.errors import OrganFileError, UsageError
 from neurograft.organ import Organ
@@ -77,14 +77,16 @@ def trained(organ_file: Path, donor: Path, tmp_path: Path) -> Path:
     return output
 
 
-def test_everything_is_on_one_page(trained: Path, donor: Path, tmp_path: Path) -> None:
+def test_everything_is_on_one_page(trained: Path, organ_file: Path, donor: Path, tmp_path: Path) -> None:
     model = tmp_path / "with-organ"
     transplant(trained, donor, output=model, mode="insert", at=1)
     (tmp_path / "scan.json").write_text(scan_report().model_dump_json(), encoding="utf-8")
     measured = evaluate(model, data={"words": tmp_path / "text.txt"}, baseline=donor, gates=["words<=2*baseline"])
     (tmp_path / "measured.json").write_text(measured.model_dump_json(), encoding="utf-8")
+    together = compose([trained, organ_file], donor, data={"words": tmp_path / "text.txt"}, at=[1, 4], mode="insert")
+    (tmp_path / "together.json").write_text(together.model_dump_json(), encoding="utf-8")
     output = tmp_path / "report.html"
-    sources = [model, trained, tmp_path / "scan.json", tmp_path / "measured.json"]
+    sources = [model, trained, *(tmp_path / f"{name}.json" for name in ("scan", "measured", "together"))]
     written = report(sources, output=output, prompts=["a shadow <b>"], recipient=donor, tokens=5)
     html = output.read_text(encoding="utf-8")
     page = _Page(html)
@@ -94,6 +96,7 @@ def test_everything_is_on_one_page(trained: Path, donor: Path, tmp_path: Path) -
         "with-organ has 8 layers: 6 are those of", "2 came with 1 organ", "0embedding"[1:], "tiny-in_place, layer 1",
         "What it claims", "How it was trained", "best replace at position 4, where it does not help there",
         "It can't be told apart from insert at 4", "words<=2*baseline", "holds", "a shadow <b>", "before",
+        "together / best alone", "tiny-in_place, tiny in",
     ):  # fmt: skip
         assert words in page.text, words
     assert html.count("Plotly.newPlot(") >= 4
@@ -127,7 +130,10 @@ def test_names_are_no_markup(organ: Organ, tmp_path: Path) -> None:
             lambda folder: [_folder(folder)],
             "has neither neurograft.json, as a transplanted model has, nor a comparison's",
         ),
-        (lambda folder: [_written(folder, "{}")], "some.json is not what scan, compare or evaluate print with --json"),
+        (
+            lambda folder: [_written(folder, "{}")],
+            "some.json is not what scan, compare, compose or evaluate print with --json",
+        ),
         (lambda folder: [_written(folder, "[" * 99_999)], "some.json is no organ file and no JSON"),
         (lambda folder: [_written(folder, "\x00")], "some.json is no organ file and no JSON"),
     ],

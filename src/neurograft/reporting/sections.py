@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from neurograft.composition_report import CompositionReport
 from neurograft.evaluation import EvaluationReport
-from neurograft.manifest import Evaluation, Manifest, Operation, SurgicalRecord
+from neurograft.manifest import Evaluation, Manifest, Operation, Origin, SurgicalRecord
 from neurograft.placement.results import Place, ScanReport
 from neurograft.reporting import pictures
 from neurograft.reporting.continuations import Continuation
@@ -181,6 +182,28 @@ def _place_row(place: Place) -> list[str]:
     general = "" if place.general is None else f"{place.general.ratio:.3f}"
     interval = f"{place.domain.ratio:.3f} [{place.domain.low:.3f}, {place.domain.high:.3f}]"
     return [f"{place.mode} at {place.position}", interval, general, f"{place.domain.tokens:,}", place.stopped or ""]
+
+
+def composition_section(name: str, report: CompositionReport) -> str:
+    """Render several organs together: the model that they would make, the matrix, and every finding."""
+    layers = [
+        Origin(organ=segment.organ, layer=layer, digest=None)
+        for segment in report.layers
+        for layer in range(segment.start, segment.stop)
+    ]
+    found = [("together", finding) for finding in report.findings]
+    found += [(organ.name, finding) for organ in report.organs for finding in organ.findings]
+    names = ", ".join(organ.name for organ in report.organs)
+    parts = [paragraph(f"{names} in {report.recipient}: they {report.verdict()}.")]
+    if layers:
+        parts.append(pictures.stack(layers))
+    if report.rows:
+        note = "Perplexity, and its ratio to the recipient's with its 95 % interval by bootstrap over documents."
+        parts += [table(*report.table()), paragraph(note, note=True)]
+    if found:
+        rows = [[finding.severity, who, finding.sentence()] for who, finding in found]
+        parts.append(table(["", "about", "finding"], rows))
+    return section(f"Together: {name}", *parts)
 
 
 def comparison_section(name: str, report: Comparison) -> str:

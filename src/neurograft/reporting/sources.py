@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
+from neurograft.composition_report import CompositionReport
 from neurograft.errors import UsageError
 from neurograft.evaluation import EvaluationReport
 from neurograft.manifest import Manifest, SurgicalRecord
@@ -19,7 +20,7 @@ from neurograft.training.comparison_results import Comparison
 
 # A result is a few hundred KB at most; a larger file is something else, and is not read into memory.
 _LARGEST_RESULT = 64 << 20
-_RESULTS: tuple[type[BaseModel], ...] = (ScanReport, Comparison, EvaluationReport)
+_RESULTS: tuple[type[BaseModel], ...] = (ScanReport, Comparison, EvaluationReport, CompositionReport)
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Sources:
     scans: list[tuple[str, ScanReport]] = field(default_factory=list)
     comparisons: list[tuple[str, Comparison]] = field(default_factory=list)
     evaluations: list[tuple[str, EvaluationReport]] = field(default_factory=list)
+    compositions: list[tuple[str, CompositionReport]] = field(default_factory=list)
 
     @property
     def manifests(self) -> list[Manifest]:
@@ -46,7 +48,7 @@ def read_sources(paths: Sequence[str | Path]) -> Sources:
 
     Args:
         paths: Organ files (`.safetensors`), folders that `transplant`, `recover` or `compare` wrote, and `.json` files
-            with what `scan`, `compare` or `evaluate` print with `--json`.
+            with what `scan`, `compare`, `compose` or `evaluate` print with `--json`.
 
     Raises:
         UsageError: There is none, or one is nothing of the kind.
@@ -81,6 +83,8 @@ def _read(path: Path, sources: Sources) -> None:
         sources.comparisons.append((name, result))
     elif isinstance(result, EvaluationReport):
         sources.evaluations.append((name, result))
+    elif isinstance(result, CompositionReport):
+        sources.compositions.append((name, result))
 
 
 def _explain_missing(path: Path) -> str:
@@ -97,7 +101,7 @@ def _read_result(path: Path) -> BaseModel:
     Raises:
         UsageError: It is none of them.
     """
-    wanted = "what scan, compare or evaluate print with --json"
+    wanted = "what scan, compare, compose or evaluate print with --json"
     if path.stat().st_size > _LARGEST_RESULT:
         raise UsageError(f"{path} is too large to be {wanted}.")
     try:

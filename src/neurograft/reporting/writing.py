@@ -32,6 +32,7 @@ class ReportWritten(BaseModel):
     scans: list[str]
     comparisons: list[str]
     evaluations: list[str]
+    compositions: list[str]
     prompts: int
 
 
@@ -54,7 +55,7 @@ def report(
 
     Args:
         sources: Organ files, folders that `transplant`, `recover` or `compare` wrote, and JSON files with what `scan`,
-            `compare` or `evaluate` print with `--json`.
+            `compare`, `compose` or `evaluate` print with `--json`.
         output: HTML file to write.
         title: Title of the page; left out, it names the sources.
         prompts: Texts that every transplanted model among the sources, and `recipient` before them, go on with.
@@ -102,6 +103,7 @@ def report(
         scans=[name for name, _ in found.scans],
         comparisons=[name for name, _ in found.comparisons],
         evaluations=[name for name, _ in found.evaluations],
+        compositions=[name for name, _ in found.compositions],
         prompts=len(prompts),
     )
 
@@ -110,6 +112,7 @@ def _sections(found: Sources) -> list[str]:
     return [
         *(sections.model_section(*each) for each in found.models),
         *(sections.evaluation_section(*each) for each in found.evaluations),
+        *(sections.composition_section(*each) for each in found.compositions),
         *(sections.scan_section(*each) for each in found.scans),
         *(sections.organ_section(manifest) for manifest in found.manifests),
         *(sections.comparison_section(*each) for each in found.comparisons),
@@ -124,5 +127,6 @@ def _title(found: Sources) -> str:
         *(f"{scan.organ} in {scan.recipient}" for _, scan in found.scans),
         *(f"ways to adapt {comparison.model}" for _, comparison in found.comparisons),
         *(evaluation.model for _, evaluation in found.evaluations),
+        *(f"several organs in {composition.recipient}" for _, composition in found.compositions),
     ]
     return ", ".join(dict.fromkeys(names[:3])) + (", and more" if len(names) > 3 else "")
