@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
+_LARGEST_FLOAT32 = 3e38
 Facts = dict[str, Any]
 
 _MOST_LAYERS = 2048  # building more, even without weights, takes minutes and memory, and no model has as many
@@ -331,10 +333,22 @@ def differences(old: Facts, new: Facts) -> dict[str, tuple[Any, Any]]:
 
 
 def _means_the_same(old: Any, new: Any, origin: LayerOrigin, position: int, count: int) -> bool:
-    """Whether two values that differ are both the layer's own number, or lists that say the same of the layer."""
+    """Whether two values that differ are both the layer's own number, or say the same of the layer."""
+    if same_in_float32(old, new):
+        return True
     if isinstance(old, list) and isinstance(new, list) and (len(old), len(new)) == (origin.count, count):
         return bool(old[origin.index] == new[position])
     return type(old) is int and type(new) is int and old == origin.index and new == position
+
+
+def same_in_float32(old: Any, new: Any) -> bool:
+    """Whether two values are numbers that float32 does not tell apart, to which a layer's arithmetic rounds them.
+
+    Files such as `.gguf` hold them so: a 1e-6 comes out of one as 9.999999974752427e-07.
+    """
+    if not isinstance(old, float) or not isinstance(new, float) or not abs(old) + abs(new) < _LARGEST_FLOAT32:
+        return False
+    return struct.pack("f", old) == struct.pack("f", new)
 
 
 def _shown(value: Any) -> str:

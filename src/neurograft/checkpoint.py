@@ -114,6 +114,15 @@ class Checkpoint:
         expected, found = self.study.layout(layer) or {}, self.layer_names(layer)
         return [] if found.keys() - expected.keys() else sorted(expected.keys() - found.keys())
 
+    def misshapen(self, layer: int) -> str | None:
+        """Say of the first tensor of a layer that has not the shape that the configuration calls for what it has."""
+        pieces = self.layer_pieces(layer)
+        for inner, shape in (self.study.layout(layer) or {}).items():
+            if inner in pieces and pieces[inner].shape != shape:
+                name, found = self.layer_names(layer)[inner], list(pieces[inner].shape)
+                return f"{name} has the shape {found}, and the configuration calls for {list(shape)}"
+        return None
+
     def layer_pieces(self, layer: int) -> dict[str, Piece]:
         """Return name inside the layer -> the tensor, for one layer."""
         return {inner: self.pieces[name] for inner, name in self.layer_names(layer).items()}
@@ -207,6 +216,11 @@ def read_index(path: Path, name: str) -> dict[str, str]:
 
 def _weight_files(directory: ModelDirectory) -> list[Path]:
     index, single = directory.path / INDEX_FILE, directory.path / "model.safetensors"
+    if index.is_file() and single.is_file():
+        raise ModelError(
+            f"{directory.path} has both model.safetensors and {INDEX_FILE}; transformers reads the former alone, so "
+            "delete what does not belong to the model."
+        )
     if index.is_file():
         names = sorted(set(read_index(index, directory.name).values()))
         for name in names:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from neurograft.alignment import AlignmentCurve, alignment_findings, measure_alignment
-from neurograft.anatomy import build_skeleton
+from neurograft.anatomy import build_skeleton, same_in_float32
 from neurograft.checkpoint import Checkpoint, open_checkpoint
 from neurograft.errors import IncompatibleError, ModelError, NeurograftError, OrganFileError
 from neurograft.findings import Finding, Severity
@@ -321,8 +321,13 @@ def config_findings(manifest: Manifest, config: PreTrainedConfig) -> list[Findin
     return [
         _value_finding(name, old.get(name, "absent"), new.get(name, "absent"))
         for name in [*old, *(name for name in new if name not in old)]
-        if old.get(name, "absent") != new.get(name, "absent")
+        if not _same(old.get(name, "absent"), new.get(name, "absent"))
     ]
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    """Whether two values are the same to a layer."""
+    return bool(ours == theirs) or same_in_float32(ours, theirs)
 
 
 def _flat(config: Mapping[str, Any], skipped: set[str], prefix: str = "") -> dict[str, Any]:
@@ -415,12 +420,17 @@ def _name_findings(organ: Organ, checkpoint: Checkpoint) -> list[Finding]:
 
 
 def _incomplete_findings(checkpoint: Checkpoint) -> list[Finding]:
-    """Find the first layer of a recipient that lacks tensors, which transformers would fill with random numbers."""
+    """Find the first layer of a recipient whose tensors are not all there, or not as its configuration says.
+
+    transformers would fill what is lacking with random numbers, and refuse to load what has another shape.
+    """
     for layer in range(checkpoint.layer_count):
         if lacking := checkpoint.lacking(layer):
             others = f" and {len(lacking) - 1} more tensors" if len(lacking) > 1 else ""
             why = f"the recipient's files lack {lacking[0]}{others} of it"
             return [Finding(severity="blocks", subject=f"layer {layer}", why=why)]
+        if wrong := checkpoint.misshapen(layer):
+            return [Finding(severity="blocks", subject=f"layer {layer}", why=f"the recipient's {wrong}")]
     return []
 
 

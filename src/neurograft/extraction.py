@@ -279,10 +279,5 @@ def _refuse_wrong_shapes(checkpoint: Checkpoint, layers: range) -> None:
         ModelError: Names the first such tensor.
     """
     for layer in layers:
-        pieces = checkpoint.layer_pieces(layer)
-        for inner, shape in (checkpoint.study.layout(layer) or {}).items():
-            if pieces[inner].shape != shape:
-                raise ModelError(
-                    f"{checkpoint.layer_names(layer)[inner]} of {checkpoint.directory.name} has the shape "
-                    f"{list(pieces[inner].shape)}, and its configuration calls for {list(shape)}."
-                )
+        if wrong := checkpoint.misshapen(layer):
+            raise ModelError(f"in {checkpoint.directory.name}, {wrong}.")

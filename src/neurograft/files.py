@@ -55,6 +55,7 @@ def atomic_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
         yield temporary
         temporary.chmod(_usual_mode(path.parent))
         fsync(temporary)
+        check_output_file(path, overwrite=overwrite)  # another process may have written it meanwhile
         os.replace(temporary, path)
         fsync(path.parent)
 
@@ -72,6 +73,7 @@ def atomic_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
         mode = _usual_mode(temporary)
         yield temporary
         _force_tree(temporary, mode)
+        check_output_directory(path, overwrite=overwrite)  # another process may have written it meanwhile
         _swap_in(temporary, path)
         fsync(path.parent)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 
 Layout = dict[str, tuple[int, ...]]
 """Name inside a layer -> shape, as transformers writes it to disk."""
+
+log = logging.getLogger("neurograft")
+
 _FOLDER = "studies"
 _Kind = Literal["skeleton", "tokenizer", "whole"]
 """What a process can answer, besides what it imports: models without weights, tokenizers, or everything."""
@@ -353,7 +357,7 @@ def _ask(
         found: _Answer = _ANSWERS[topic](directory, trust_remote_code, **question)
         return found
     kept = _kept_answer(topic, directory, trust_remote_code, question)
-    if kept is not None and kept.is_file():
+    if kept is not None and _is_file(kept):
         try:
             return answer.model_validate_json(kept.read_text(encoding="utf-8"))
         except (OSError, ValidationError):
@@ -368,10 +372,25 @@ def _ask(
         }
     )
     if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(kept, overwrite=True) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        _keep(kept, text)
     return answer.model_validate_json(text)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # the cache is somewhere where nobody may look
+        return False
+
+
+def _keep(path: Path, text: str) -> None:
+    """Keep an answer for later; where that can't be done, it is asked for anew next time."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path, overwrite=True) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except (OSError, NeurograftError) as error:
+        log.info("what was learned of the model can't be kept: %s", error)
 
 
 def _kept_answer(

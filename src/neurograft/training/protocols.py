@@ -94,8 +94,8 @@ def train(
         The trained organ, with the best weights seen on the held-out text.
 
     Raises:
-        UsageError: An option is wrong, the output exists, is the organ that is read or lies in the host's directory, or
-            another run left its state beside it.
+        UsageError: An option is wrong, the organ is quantised, the output exists, is the organ that is read or lies in
+            the host's directory, or another run left its state beside it.
         DataError: There is no text, or it can't be read.
         IncompatibleError: The organ does not fit the host.
         NeurograftError: The loss is not finite any more.
@@ -168,6 +168,11 @@ def _train(
     resume: Path | None,
 ) -> Organ:
     organ = source if isinstance(source, Organ) else read_organ(source)
+    if organ.manifest.is_packed:
+        raise UsageError(
+            f"the organ {organ.name} is quantised, and quantised layers can't be trained; extract it from a model with "
+            "plain weights."
+        )
     with one_by_one():
         directory = resolve(host, trust_remote_code=trust_remote_code)
     config = load_config(directory, trust_remote_code=trust_remote_code)
