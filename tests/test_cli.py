@@ -353,3 +353,23 @@ def test_an_interruption_ends_in_one_sentence(
     )
     left = ["new.safetensors.resume", "organ.safetensors", "text.txt"]
     assert sorted(path.name for path in tmp_path.iterdir()) == left
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "--json"], "Missing argument 'ORGAN'."),
+        (
+            ["transplant", "a", "b", "-o", "c", "--link", "soft", "--json"],
+            "'soft' is not one of 'auto', 'copy', 'hard'.",
+        ),
+        (["nosuch", "--json"], "No such command 'nosuch'."),
+    ],
+)
+def test_wrong_arguments_are_one_json_document_too(arguments: list[str], message: str) -> None:
+    command = [sys.executable, "-m", "neurograft", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    error = json.loads(done.stdout)["error"]
+    assert error["kind"] == "UsageError" and message in error["message"] and "Value error" not in error["message"]
+    assert "Error: " in done.stderr

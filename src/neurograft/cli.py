@@ -33,6 +33,7 @@ EXIT_NO = 1  # the verdict is no: an organ that does not fit, a gate that does n
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 PIPED_WIDTH = 140
+_WrongArguments: Any = typer.BadParameter.__mro__[2]  # the parent of all that is wrong with arguments
 
 app = typer.Typer(
     name="neurograft",
@@ -1107,9 +1108,24 @@ def main() -> None:
     _keep_only(next((argument for argument in sys.argv[1:] if not argument.startswith("-")), ""))
     ranks.silence_all_but_first()
     try:
-        app()
+        sys.exit(_run())
     finally:
         _leave_group()
+
+
+def _run() -> int:
+    """Run the command line; return the exit status. With `--json`, wrong arguments are one JSON document too."""
+    try:
+        return int(app(standalone_mode=False) or 0)
+    except _WrongArguments as error:
+        if "--json" in sys.argv:
+            message = " ".join(error.format_message().replace("Value error, ", "").split())
+            sys.stdout.write(json.dumps({"error": {"kind": "UsageError", "message": message}}) + "\n")
+        error.show()
+        return EXIT_ERROR
+    except (typer.Abort, KeyboardInterrupt):
+        sys.stderr.write("error: interrupted; nothing was written.\n")
+        return EXIT_INTERRUPTED
 
 
 def _keep_only(verb: str) -> None:
