@@ -203,7 +203,9 @@ def read_index(path: Path, name: str) -> dict[str, str]:
         shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         files = {str(tensor): shards[tensor] for tensor in shards}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ModelError(f"{path} is no shard index: {type(error).__name__}: {error}.") from error
+        raise ModelError(
+            f"{path} is no shard index: it should be a JSON object whose weight_map says which file holds each tensor."
+        ) from error
     if not files:
         raise ModelError(f"the index of {name} names no tensors.")
     for file in files.values():

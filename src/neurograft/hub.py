@@ -101,7 +101,7 @@ def _explained(name: str) -> Iterator[None]:
         yield
     except OSError as error:  # the Hub's own errors are among these
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(f"the Hub did not give {name}: {reason}") from error
+        raise ModelError(f"{name} is no local directory, and the Hub did not give it: {reason}") from error
 
 
 def hub_headers(reference: str, *, trust_remote_code: bool = False) -> Checkpoint | None:

@@ -51,8 +51,9 @@ def read_record(directory: Path) -> SurgicalRecord | None:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, ModelError):
             raise
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise ModelError(f"{path} is no surgical record: {reason}.") from error
+        first = error.errors()[0] if isinstance(error, ValidationError) else None
+        reason = "" if first is None else f" ({'.'.join(map(str, first['loc']))}: {first['msg']})"
+        raise ModelError(f"{path} is no surgical record as neurograft writes it{reason}.") from error
 
 
 def make_record(
