@@ -136,7 +136,7 @@ def test_a_recipient_whose_layer_lacks_tensors_is_refused(organ: Organ, sharded:
 
 def test_tensors_that_are_not_as_the_configuration_says(sharded: Path, tmp_path: Path) -> None:
     _setting(intermediate_size=128)(sharded)
-    with pytest.raises(ModelError, match=r"has the shape \[64, 32\], and its configuration calls for \[128, 32\]"):
+    with pytest.raises(ModelError, match=r"has the shape \[64, 32\], and the configuration calls for \[128, 32\]"):
         extract(sharded, layers="2:4", verify="bytes", output=tmp_path / "x.safetensors")
 
 

@@ -114,6 +114,7 @@ def test_shards(tmp_path: Path) -> None:
 
 
 def test_a_shard_index_may_not_lead_elsewhere(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
     (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../secret.safetensors"}}))
     with pytest.raises(ModelError, match="names the shard"):
         open_checkpoint(resolve(copy))
