@@ -30,6 +30,7 @@ CASES: dict[str, tuple[str, int, int | None, str, int, int]] = {
     "dictionary-60k": ("dictionary", SHORT, None, "organ,lora", 3, 4),
     "clinical-500k": ("clinical", LONG, 122_880, "organ,lora", 1, 1),
     "dictionary-500k": ("dictionary", LONG, 122_880, "organ,lora", 1, 1),
+    "clinical-60k, whole weights": ("clinical", SHORT, None, "organ,lora", 3, 4),
     "clinical-60k, all parameters": ("clinical", SHORT, None, "full", 3, 4),
 }
 SPACES: dict[str, dict[str, Any]] = {
@@ -42,6 +43,12 @@ SPACES: dict[str, dict[str, Any]] = {
     "lora": {"lr": {"low": 1e-3, "high": 4e-3}, "rank": [16, 32], "vocabulary": ["full", "sampled"]},
     "full": {"lr": {"low": 3e-5, "high": 5e-4}},
 }
+# Of organs whose weights all train, in the case of that name.
+WHOLE_WEIGHTS: dict[str, Any] = {
+    "lr": {"low": 3e-4, "high": 1.2e-3},
+    "layers": ["10:30", "15:30"],
+    "vocabulary": ["full", "sampled"],
+}
 
 
 def main() -> None:
@@ -53,7 +60,11 @@ def main() -> None:
         report = measure(name)
         results = json.loads(RESULT.read_text(encoding="utf-8"))["cases"] if RESULT.is_file() else {}
         results[name] = report
-        content = {"run": describe_run("python benchmarks/adaptation.py"), "search": SPACES, "cases": results}
+        content = {
+            "run": describe_run("python benchmarks/adaptation.py"),
+            "search": {**SPACES, "whole weights": WHOLE_WEIGHTS},
+            "cases": results,
+        }
         RESULT.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -96,7 +107,8 @@ def _spaces(case: str, methods: list[str]) -> dict[str, dict[str, Any]]:
     """Return what is searched for each method: for a long case, only what the short one of its domain chose."""
     short = case.replace("-500k", "-60k")
     if short == case:
-        return {method: SPACES[method] for method in methods}
+        spaces = {method: SPACES[method] for method in methods}
+        return {**spaces, "organ": WHOLE_WEIGHTS} if case.endswith("whole weights") else spaces
     found = json.loads(RESULT.read_text(encoding="utf-8"))["cases"][short]["methods"]
     chosen = {each["method"]: each["settings"] for each in found}
     return {method: {name: [value] for name, value in chosen[method].items()} for method in methods}
