@@ -46,6 +46,7 @@ def test_verbs_page_is_what_help_says() -> None:
 def test_every_verb_has_a_section() -> None:
     page = (ROOT / "docs" / "verbs.md").read_text(encoding="utf-8")
     verbs = "extract train inspect check transplant scan recover evaluate compare remove cache demo"
+    verbs += " push pull list versions tag yank"
     for verb in verbs.split():
         assert f"\n## {verb}\n" in page
 
