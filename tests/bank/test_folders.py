@@ -150,7 +150,7 @@ def test_refusals_are_one_sentence(
 
 def test_the_commands(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for words, expected in [
+    steps: list[tuple[list[Any], str]] = [
         (["push", save(), "bank", "--tag", "stable"], "1.0.0, pushed"),
         (["push", save(), "bank"], "was there already"),
         (["list", "bank"], "stable = 1.0.0"),
@@ -160,7 +160,8 @@ def test_the_commands(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (["tag", "bank:tiny@1.0.0", "site-a"], "site-a stands for tiny 1.0.0 in bank"),
         (["yank", "bank:tiny@1.0.0", "--reason", "no licence"], "was yanked: no licence"),
         (["yank", "bank:tiny@1.0.0", "--undo"], "may be taken again"),
-    ]:
+    ]
+    for words, expected in steps:
         result = CliRunner().invoke(app, [str(word) for word in words])
         assert result.exit_code == 0, result.output
         assert expected in result.stdout
@@ -177,7 +178,7 @@ def test_every_verb_takes_a_reference(
     reference = "bank:tiny@1.0"
     assert read_organ(reference).name == "tiny"
     data = ["--data", str(text), "--sequence-length", "16"]
-    for words in [
+    steps: list[list[Any]] = [
         ["inspect", reference],
         ["check", reference, recipient],
         ["transplant", reference, recipient, "-o", "grafted"],
@@ -185,7 +186,8 @@ def test_every_verb_takes_a_reference(
         ["scan", reference, recipient, "--modes", "replace", "--positions", "2", "--max-tokens", "256", *data],
         ["report", reference, "-o", "report.html"],
         ["push", reference, "other-bank"],
-    ]:
+    ]
+    for words in steps:
         result = CliRunner().invoke(app, [str(word) for word in words])
         assert result.exit_code == 0, (words, result.output)
     assert "tiny" in (tmp_path / "report.html").read_text(encoding="utf-8")
