@@ -12,7 +12,7 @@ TORCH ?= 2.13.0
 # An environment knows its own path, so a copied or moved checkout gets its installation repaired.
 STAMP := .venv/.installed-$(shell pwd | cksum | cut -d ' ' -f 1)
 
-.PHONY: help venv test browser lint format docs cli-docs demo lock clean
+.PHONY: help venv test browser registry lint format docs cli-docs demo lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,6 +41,9 @@ test: lint  ## lint, then the whole test suite
 
 browser:  ## install Debian's chromium, in which `make test` then looks at reports (needs apt and its rights)
 	@command -v chromium >/dev/null || { apt-get update -q && apt-get install -y -q --no-install-recommends chromium; }
+
+registry:  ## install Debian's docker-registry, against which `make test` then runs banks (needs apt and its rights)
+	@command -v docker-registry >/dev/null || { apt-get update -q && apt-get install -y -q --no-install-recommends docker-registry; }
 
 lint: venv  ## style, formatting and types
 	$(BIN)/python -m ruff check .

@@ -164,7 +164,7 @@ def serve_writable(hub: WritableHub) -> Iterator[str]:
                     return answer(self, body, *match.groups())
             return self._send({"error": f"no {method} {path}"}, 404)
 
-        do_GET = do_POST = do_PUT = do_DELETE = _answer
+        do_GET = do_POST = do_PUT = do_DELETE = _answer  # noqa: N815
 
         def create(self, body: bytes) -> None:
             data = json.loads(body)

@@ -58,7 +58,7 @@ def test_what_is_no_reference_is_refused(text: str, sentence: str) -> None:
 def test_an_organ_or_a_whole_bank_is_asked_for_where_one_is_needed() -> None:
     with pytest.raises(UsageError, match="bank names no organ; write BANK:NAME@VERSION, such as bank:radiology"):
         parse_organ("bank")
-    for text in ("bank:radiology", "hf://org:repo", "oci://host/radiology:1.0.0"):
+    for text in ("bank:radiology", "hf://org:repo", "hf://org/repo", "oci://host/radiology:1.0.0"):
         with pytest.raises(UsageError, match="names one organ"):
             parse_root(text)
     assert parse_root("oci://host:5000/organs/") == "oci://host:5000/organs"

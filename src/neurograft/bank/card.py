@@ -3,35 +3,19 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING, Any
 
 from neurograft.manifest import Evaluation, Manifest
 
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
 # Of the Hub's own names of licences, those that SPDX names otherwise only in upper case.
-_LICENSES = frozenset(
-    [
-        "apache-2.0",
-        "mit",
-        "bsd-2-clause",
-        "bsd-3-clause",
-        "cc0-1.0",
-        "cc-by-4.0",
-        "cc-by-sa-4.0",
-        "cc-by-nc-4.0",
-        "cc-by-nc-sa-4.0",
-        "cc-by-nd-4.0",
-        "gpl-2.0",
-        "gpl-3.0",
-        "lgpl-2.1",
-        "lgpl-3.0",
-        "agpl-3.0",
-        "mpl-2.0",
-        "unlicense",
-        "artistic-2.0",
-        "isc",
-        "wtfpl",
-        "zlib",
-    ]
-)
+_LICENSES = {
+    "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0",
+    "cc-by-nc-sa-4.0", "cc-by-nd-4.0", "gpl-2.0", "gpl-3.0", "lgpl-2.1", "lgpl-3.0", "agpl-3.0", "mpl-2.0", "unlicense",
+    "artistic-2.0", "isc", "wtfpl", "zlib",
+}  # fmt: skip
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -44,7 +28,7 @@ def model_card(manifest: Manifest, reference: str) -> str:
     """
     from huggingface_hub import ModelCardData
 
-    base = {"base_model": manifest.source.model, "base_model_relation": "adapter"}
+    base: dict[str, Any] = {"base_model": manifest.source.model, "base_model_relation": "adapter"}
     data = ModelCardData(
         library_name="neurograft",
         model_name=manifest.name,
@@ -56,7 +40,7 @@ def model_card(manifest: Manifest, reference: str) -> str:
     return f"---\n{data.to_yaml()}\n---\n\n{_body(manifest, reference)}"
 
 
-def _license(name: str | None) -> dict[str, str]:
+def _license(name: str | None) -> dict[str, Any]:
     if name is None:
         return {}
     if name.lower() in _LICENSES:
@@ -64,7 +48,7 @@ def _license(name: str | None) -> dict[str, str]:
     return {"license": "other", "license_name": re.sub(r"[^a-z0-9.-]+", "-", name.lower()).strip("-") or "other"}
 
 
-def _result(evaluation: Evaluation) -> object:
+def _result(evaluation: Evaluation) -> EvalResult:
     from huggingface_hub import EvalResult
 
     return EvalResult(
@@ -83,7 +67,7 @@ def _body(manifest: Manifest, reference: str) -> str:
         lines += [manifest.description, ""]
     lines += [
         f"Layers {source.layer_start}:{source.layer_stop} (half-open, from 0) of the {source.layer_count} of "
-        f"{source.model}, as an organ of [neurograft](https://arxiv.org/abs/2601.13580): one safetensors file, no code.",
+        f"{source.model}, as an organ of neurograft: one safetensors file, no code.",
         "",
         "```",
         f"neurograft check {reference} MODEL",

@@ -26,6 +26,8 @@ def list_organs(target: str | Path) -> BankList:
     store, organs = open_store(root), []
     for name in store.names():
         versions = store.versions(name)
+        if not versions:  # a registry holds more than organs
+            continue
         good = [version for version, reason in versions.items() if reason is None]
         organs.append(BankedOrgan(name=name, newest=newest(good), versions=len(versions), tags=store.tags(name)))
     return BankList(bank=root, organs=organs)

@@ -73,12 +73,11 @@ class HubStore:
         """See `Store`. A repository that is not there yet is made, private; git makes each tag once."""
         from huggingface_hub import CommitOperationAdd
 
-        repository, card = (
-            self._id(entry.name),
-            model_card(entry.manifest, f"hf://{self._id(entry.name)}@{entry.version}"),
-        )
-        contents = {_ORGAN: str(file), _ENTRY: entry.model_dump_json().encode(), "README.md": card.encode()}
-        operations = [CommitOperationAdd(path, content) for path, content in contents.items()]
+        repository = self._id(entry.name)
+        card = model_card(entry.manifest, f"hf://{repository}@{entry.version}")
+        small = {_ENTRY: entry.model_dump_json(), "README.md": card}
+        operations = [CommitOperationAdd(path, content.encode()) for path, content in small.items()]
+        operations.append(CommitOperationAdd(_ORGAN, str(file)))
         with self._explained():
             self.api.create_repo(repository, private=True, exist_ok=True)
             log.info("sending %s to %s", file.name, repository)

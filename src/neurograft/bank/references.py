@@ -92,7 +92,9 @@ def parse_root(text: str | Path) -> str:
     text = str(text)
     scheme, separator, rest = text.partition("://")
     if separator and scheme in ("hf", "oci") and rest:
-        if "@" in rest or ":" in rest.partition("/")[2]:
+        rest = rest.rstrip("/")
+        inside = rest if scheme == "hf" else rest.partition("/")[2]  # oci://localhost:5000 has a port
+        if "@" in rest or ":" in inside or (scheme == "hf" and "/" in rest):
             raise UsageError(f"{text} names one organ; give the bank that it is in, or ask for its versions.")
         return text.rstrip("/")
     reference = parse(text)
