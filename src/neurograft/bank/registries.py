@@ -59,7 +59,8 @@ class RegistryStore:
     def names(self) -> list[str]:
         """See `Store`."""
         prefix = f"{self.path}/" if self.path else ""
-        names = [name.removeprefix(prefix) for name in self._listed("_catalog", "repositories") if prefix in name]
+        found = self._listed("_catalog", "repositories")
+        names = [name.removeprefix(prefix) for name in found if name.startswith(prefix)]
         return sorted(name for name in names if "/" not in name)
 
     def versions(self, name: str) -> dict[str, str | None]:
@@ -207,9 +208,9 @@ class RegistryStore:
         """Return where an interrupted upload is and how many bytes the registry has; `None` if there is none."""
         try:
             location = str(json.loads(state.read_text(encoding="utf-8"))["location"])
-            response = self._ask("GET", location)
             if not location.startswith(self.base):
                 return None
+            response = self._ask("GET", location)
             last = int(response.headers["Range"].rpartition("-")[2])
             return urljoin(location, response.headers["Location"]), last + 1
         except (OSError, ValueError, KeyError, TypeError, BankError):
