@@ -12,7 +12,7 @@ TORCH ?= 2.13.0
 # An environment knows its own path, so a copied or moved checkout gets its installation repaired.
 STAMP := .venv/.installed-$(shell pwd | cksum | cut -d ' ' -f 1)
 
-.PHONY: help venv test browser lint format docs cli-docs demo lock clean
+.PHONY: help venv test browser registry lint format docs cli-docs demo lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,6 +42,9 @@ test: lint  ## lint, then the whole test suite
 browser:  ## install Debian's chromium, in which `make test` then looks at reports (needs apt and its rights)
 	@command -v chromium >/dev/null || { apt-get update -q && apt-get install -y -q --no-install-recommends chromium; }
 
+registry:  ## install Debian's docker-registry, against which `make test` then runs banks (needs apt and its rights)
+	@command -v docker-registry >/dev/null || { apt-get update -q && apt-get install -y -q --no-install-recommends docker-registry; }
+
 lint: venv  ## style, formatting and types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
@@ -65,7 +68,7 @@ demo: venv  ## the whole story on a real model, in under 10 minutes
 # brings along do too, so that the same lock takes the CPU build where one is offered and PyPI's build elsewhere.
 lock:  ## pin what pyproject.toml needs in requirements.lock
 	@$(BIN)/python -c 'import piptools' 2>/dev/null || $(MAKE) venv
-	$(BIN)/python -m piptools compile --quiet $(UPGRADE) --upgrade-package torch==$(TORCH) --extra dev --extra docs --extra compare \
+	$(BIN)/python -m piptools compile --quiet $(UPGRADE) --upgrade-package torch==$(TORCH) --extra dev --extra docs --extra compare --extra oci \
 		--strip-extras --allow-unsafe --annotation-style line --no-header \
 		--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --output-file requirements.lock pyproject.toml
 	@{ echo "# Every package, pinned. Made by: make lock"; sed -E \

@@ -46,7 +46,8 @@ def test_verbs_page_is_what_help_says() -> None:
 def test_every_verb_has_a_section() -> None:
     page = (ROOT / "docs" / "verbs.md").read_text(encoding="utf-8")
     plan, prove = "plan extract train inspect check compose merge scan", "evaluate compare report remove cache demo"
-    for verb in [*plan.split(), "transplant", "recover", *prove.split()]:
+    bank = "push pull list versions tag yank"
+    for verb in [*plan.split(), "transplant", "recover", *prove.split(), *bank.split()]:
         assert f"\n## {verb}\n" in page
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import builtins
 import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from neurograft.bank.cataloguing import list_organs
+    from neurograft.bank.cataloguing import tag as tag
+    from neurograft.bank.cataloguing import versions as versions
+    from neurograft.bank.cataloguing import yank as yank
+    from neurograft.bank.moving import pull as pull
+    from neurograft.bank.moving import push as push
     from neurograft.caching import cache as cache
     from neurograft.compat import check as check
     from neurograft.composition import compose as compose
@@ -30,6 +37,7 @@ if TYPE_CHECKING:
     from neurograft.transplantation import transplant as transplant
 
     inspect = read_manifest
+    list = list_organs
 
 # Loaded at first use: torch and transformers take seconds to import, and `neurograft --help` must not.
 _HOMES = {
@@ -45,14 +53,20 @@ _HOMES = {
     "extract": "extraction:extract",
     "graft": "surgery:graft",
     "inspect": "organ:read_manifest",
+    "list": "bank.cataloguing:list_organs",
     "merge": "merging:merge",
     "plan": "placement.proposal:plan",
+    "pull": "bank.moving:pull",
+    "push": "bank.moving:push",
     "recover": "recovery:recover",
     "remove": "removal:remove",
     "report": "reporting.writing:report",
     "scan": "placement.scan:scan",
+    "tag": "bank.cataloguing:tag",
     "train": "training.protocols:train",
     "transplant": "transplantation:transplant",
+    "versions": "bank.cataloguing:versions",
+    "yank": "bank.cataloguing:yank",
 }
 __all__ = [*sorted(_HOMES), "__version__"]  # pyright: ignore
 
@@ -64,5 +78,5 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f"neurograft.{module}"), attribute)
 
 
-def __dir__() -> list[str]:
+def __dir__() -> builtins.list[str]:
     return __all__

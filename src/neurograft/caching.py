@@ -1,4 +1,4 @@
-"""What neurograft keeps to save time: dequantised models, hidden states, interrupted scans, the demo's recipient."""
+"""What neurograft keeps to save time: dequantised models, hidden states, interrupted scans, organs, a demo's model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from neurograft.files import explained_os_errors
 from neurograft.models import cache_directory
 
-CacheKind = Literal["gguf", "prefix", "scan", "studies", "demo"]
+CacheKind = Literal["gguf", "prefix", "scan", "studies", "organs", "demo"]
 
 
 class CacheEntry(BaseModel):
@@ -21,7 +21,8 @@ class CacheEntry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
     kind: CacheKind
     """`gguf`: a dequantised model; `prefix`: hidden states that enter an organ; `scan`: where an interrupted scan
-    stands; `studies`: what building models without weights has shown; `demo`: the demo's recipient.
+    stands; `studies`: what building models without weights has shown; `organs`: organ files out of banks; `demo`:
+    the demo's recipient.
     """
     name: str
     bytes: int

@@ -48,8 +48,17 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hub id, a transfo
 Recipient = Annotated[
     str, typer.Argument(metavar="RECIPIENT", help="A Hub id, a transformers directory or a .gguf file.")
 ]
-OrganFile = Annotated[Path, typer.Argument(metavar="ORGAN", help="An organ file (.safetensors).")]
-OrganFiles = Annotated[list[Path], typer.Argument(metavar="ORGAN", help="One or several organ files (.safetensors).")]
+OrganFile = Annotated[
+    str, typer.Argument(metavar="ORGAN", help="An organ file (.safetensors), or one in a bank: BANK:NAME@VERSION.")
+]
+OrganFiles = Annotated[
+    list[str],
+    typer.Argument(metavar="ORGAN", help="One or several organ files (.safetensors), or organs in a bank."),
+]
+InBank = Annotated[
+    str,
+    typer.Argument(metavar="ORGAN", help="BANK:NAME@VERSION, hf://org/repo@VERSION or oci://registry/name:VERSION."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on standard output.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 RemoteCode = Annotated[
@@ -510,10 +519,110 @@ def inspect(organ: OrganFile, as_json: AsJson = False) -> None:
     """Show an organ's manifest, after checking the file's digest."""
     with _running(as_json, "reading the organ") as screen:
         from neurograft import render
-        from neurograft.organ import read_manifest
+        from neurograft.organ import organ_path, read_manifest
 
-        manifest = read_manifest(organ)
-        screen.result(manifest, lambda: render.manifest(manifest, organ.stat().st_size))
+        path = organ_path(organ)
+        manifest = read_manifest(path)
+        screen.result(manifest, lambda: render.manifest(manifest, path.stat().st_size))
+
+
+@app.command()
+def push(
+    organ: OrganFile,
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="TARGET", help="A folder, any fsspec URL, hf://org/repo or oci://registry/name:tag; perhaps :NAME."
+        ),
+    ],
+    tag: Annotated[
+        list[str] | None, typer.Option("--tag", help="A tag that shall stand for this version. Repeatable.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put an organ into a bank, as the version that its manifest gives; versions never change."""
+    with _running(as_json, "reading the organ") as screen:
+        from neurograft.bank import moving, tables
+
+        result = moving.push(organ, target, tags=tag or [])
+        screen.result(result, lambda: tables.pushed(result))
+
+
+@app.command()
+def pull(
+    organ: InBank,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Organ file to write [default: NAME-VERSION.safetensors]."),
+    ] = None,
+    allow_yanked: Annotated[
+        bool, typer.Option("--allow-yanked", help="Take a version that was yanked, if it is named.")
+    ] = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Take an organ file out of a bank, verified by digest; an interrupted pull goes on."""
+    with _running(as_json, "asking the bank") as screen:
+        from neurograft.bank import moving, tables
+
+        result = moving.pull(organ, output=output, allow_yanked=allow_yanked, overwrite=overwrite)
+        screen.result(result, lambda: tables.pulled(result))
+
+
+@app.command(name="list")
+def list_organs(
+    bank: Annotated[
+        str, typer.Argument(metavar="BANK", help="A folder, any fsspec URL, hf://org or oci://registry/path.")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """List the organs in a bank."""
+    with _running(as_json, "asking the bank") as screen:
+        from neurograft.bank import cataloguing, tables
+
+        result = cataloguing.list_organs(bank)
+        screen.result(result, lambda: tables.bank_list(result))
+
+
+@app.command()
+def versions(organ: InBank, as_json: AsJson = False) -> None:
+    """List every version of an organ in a bank."""
+    with _running(as_json, "asking the bank") as screen:
+        from neurograft.bank import cataloguing, tables
+
+        result = cataloguing.versions(organ)
+        screen.result(result, lambda: tables.versions(result))
+
+
+@app.command()
+def tag(
+    organ: InBank,
+    name: Annotated[str, typer.Argument(metavar="TAG", help="Such as stable.")],
+    as_json: AsJson = False,
+) -> None:
+    """Let a tag stand for a version of an organ in a bank."""
+    with _running(as_json, "asking the bank") as screen:
+        from neurograft.bank import cataloguing, tables
+
+        result = cataloguing.tag(organ, name)
+        screen.result(result, lambda: tables.changed(result))
+
+
+@app.command()
+def yank(
+    organ: InBank,
+    reason: Annotated[str, typer.Option("--reason", help="Why, for everyone who asks for the version.")] = (
+        "no reason given"
+    ),
+    undo: Annotated[bool, typer.Option("--undo", help="Let the version be taken again.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Take a version back: it stays in the bank, but nothing takes it any more unless told to."""
+    with _running(as_json, "asking the bank") as screen:
+        from neurograft.bank import cataloguing, tables
+
+        result = cataloguing.yank(organ, reason=reason, undo=undo)
+        screen.result(result, lambda: tables.changed(result))
 
 
 @app.command()
@@ -1012,7 +1121,7 @@ def remove(
 @app.command()
 def report(
     sources: Annotated[
-        list[Path],
+        list[str],
         typer.Argument(
             metavar="SOURCE...",
             help="Organ files, transplanted models, comparisons, and what scan or evaluate print with --json.",
@@ -1052,8 +1161,8 @@ def report(
 @app.command()
 def cache(
     clear: Annotated[
-        Literal["gguf", "prefix", "scan", "studies", "demo", "all"] | None,
-        typer.Option("--clear", help="Delete this kind: gguf, prefix, scan, studies, demo or all."),
+        Literal["gguf", "prefix", "scan", "studies", "organs", "demo", "all"] | None,
+        typer.Option("--clear", help="Delete this kind: gguf, prefix, scan, studies, organs, demo or all."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -31,3 +31,31 @@ class GateError(NeurograftError, ValueError):
 
 class VerificationError(NeurograftError, RuntimeError):
     """A result was computed or written, checked, and found not to be what was promised."""
+
+
+class BankError(NeurograftError, RuntimeError):
+    """Something is wrong with an organ bank; the kinds below say what."""
+
+
+class BankUnreachableError(BankError):
+    """There is no network, or the bank does not answer."""
+
+
+class BankAccessError(BankError):
+    """The bank refuses: no password, a wrong one, or too few rights."""
+
+
+class NotInBankError(BankError, LookupError):
+    """The bank has no such organ, version or tag."""
+
+
+class VersionExistsError(BankError):
+    """The bank has this version already, with other bytes; versions never change."""
+
+
+class YankedError(BankError):
+    """The version was taken back by who published it."""
+
+
+class BankDigestError(BankError, ValueError):
+    """What came out of a bank is not what was put in: it was altered on the way or there."""

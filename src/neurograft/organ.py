@@ -227,6 +227,25 @@ def _seal(path: Path, header: bytes, digest: str) -> None:
         stream.write(digest.encode())
 
 
+def organ_path(organ: str | Path) -> Path:
+    """Return the path of an organ file; a reference to one in a bank is downloaded, if it is not in the cache.
+
+    Args:
+        organ: The path of a file, or a reference such as `bank/:radiology@1.2`; see `neurograft.bank.references`.
+
+    Raises:
+        BankError: The bank can't be reached or refuses, or has no such organ, version or tag.
+        UsageError: It is a reference to no organ, or to no kind of bank that there is.
+    """
+    from neurograft.bank.references import is_reference
+
+    if not isinstance(organ, str) or not is_reference(organ):
+        return Path(organ)
+    from neurograft.bank.resolving import download_organ
+
+    return download_organ(organ)
+
+
 def read_organ(path: str | Path) -> Organ:
     """Read an organ file into memory, trusting nothing: sizes, schema, digests and values are checked.
 
@@ -237,9 +256,10 @@ def read_organ(path: str | Path) -> Organ:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    path = organ_path(path)
     organ = open_organ(path)
     try:
-        return Organ(organ.manifest, load_file(Path(path)), organ.path)
+        return Organ(organ.manifest, load_file(path), organ.path)
     except (OSError, SafetensorError) as error:
         raise OrganFileError(f"{path} can't be read as a safetensors file: {error}.") from error
 
@@ -250,7 +270,7 @@ def open_organ(path: str | Path) -> Organ:
     Raises:
         OrganFileError: See `read_organ`.
     """
-    path = Path(path)
+    path = organ_path(path)
     manifest, pieces = _read_front(path)
     size = path.stat().st_size
     digests: dict[str, str] = {}
@@ -274,7 +294,7 @@ def read_manifest(path: str | Path) -> Manifest:
     Raises:
         OrganFileError: See `read_organ`.
     """
-    path = Path(path)
+    path = organ_path(path)
     manifest, _ = _read_front(path)
     _verify_file_digest(path, manifest.file_digest)
     return manifest

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from neurograft import data as text_data
+from neurograft.bank.references import is_reference
 from neurograft.compat import refuse_findings, tokenizer_findings
 from neurograft.data import split_documents
 from neurograft.errors import DataError, IncompatibleError, UsageError
@@ -24,7 +25,7 @@ from neurograft.models import (
     load_tokenizer,
     resolve,
 )
-from neurograft.organ import Organ, read_organ
+from neurograft.organ import Organ, organ_path, read_organ
 from neurograft.placement.candidates import Candidate, list_candidates, parse_modes, parse_positions
 from neurograft.placement.engines import EngineName, Setup, open_engine, reference_of
 from neurograft.placement.grafts import plan_places
@@ -130,10 +131,12 @@ def scan(
         raise UsageError("--recover-data goes with --recover-tokens, which says how much of it.")
     if address is not None and engine != "ray":
         raise UsageError("--address is that of a Ray cluster; add --engine ray.")
-    path = organ.path if isinstance(organ, Organ) else Path(organ)
+    if record and not isinstance(organ, Organ) and is_reference(organ):
+        raise UsageError(f"{organ} is in a bank, where versions never change; pull it and record the scan in the file.")
+    path = organ.path if isinstance(organ, Organ) else organ_path(organ)
     if record and path is None:
         raise UsageError("the organ has no file that the scan could be recorded in; save it first.")
-    organ = organ if isinstance(organ, Organ) else read_organ(organ)
+    organ = organ if isinstance(organ, Organ) else read_organ(str(path))
     if output is not None:
         inputs = [Path(recipient), *([path] if path is not None else [])]
         check_output_file(Path(output), overwrite=overwrite, inputs=inputs)

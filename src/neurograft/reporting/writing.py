@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from neurograft.errors import UsageError
 from neurograft.files import atomic_file, check_output_file
+from neurograft.organ import organ_path
 from neurograft.reporting import sections
 from neurograft.reporting.page import page
 from neurograft.reporting.sources import Sources, read_sources
@@ -71,7 +72,7 @@ def report(
         ModelError: A model can't be read.
         NeurograftError: plotly is not installed.
     """
-    paths = [Path(path) for path in ([sources] if isinstance(sources, str | Path) else sources)]
+    paths = [organ_path(path) for path in ([sources] if isinstance(sources, str | Path) else sources)]
     target = Path(output)
     if target.suffix not in _SUFFIXES:
         raise UsageError(f"{target} should end in .html, which is what a report is.")

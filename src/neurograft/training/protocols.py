@@ -31,6 +31,7 @@ from neurograft.organ import (
     config_to_json,
     dtype_name,
     now,
+    organ_path,
     read_organ,
 )
 from neurograft.sharding import fill
@@ -107,8 +108,9 @@ def train(
     if version is not None:
         check_version(version)
     processes = Processes()
+    organ = organ if isinstance(organ, Organ) else organ_path(organ)
     if output is not None:
-        used = organ.path if isinstance(organ, Organ) else Path(organ)
+        used = organ.path if isinstance(organ, Organ) else organ
         inputs = [Path(host), *([used] if used is not None else [])]
         processes.on_first(lambda: check_organ_output(Path(output), overwrite=overwrite, inputs=inputs))
     reading = {"text_column": text_column, "document_separator": document_separator, "encoding": encoding}

@@ -1,0 +1,236 @@
+"""A bank in a folder, or behind any URL that fsspec opens: plain files, of which each is written once.
+
+`<root>/<name>/versions/<version>.json` says what a version is; written last, it makes the version be there.
+`<root>/<name>/files/<sha256>.safetensors` is an organ file, under the digest of its bytes.
+`<root>/<name>/tags/<tag>.json` is `{"version": ...}`, `<root>/<name>/yanked/<version>.json` is `{"reason": ...}`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from neurograft.bank.entries import Entry, parse_entry
+from neurograft.bank.versions import is_version
+from neurograft.errors import (
+    BankAccessError,
+    BankDigestError,
+    BankError,
+    BankUnreachableError,
+    NeurograftError,
+    NotInBankError,
+    UsageError,
+    VersionExistsError,
+)
+from neurograft.files import CHUNK_BYTES, atomic_file, explained_os_errors, file_sha256, fsync, require_space
+
+log = logging.getLogger("neurograft")
+
+_VERSIONS, _FILES, _TAGS, _YANKED = "versions", "files", "tags", "yanked"
+# Libraries below fsspec have errors of their own, which are told by name so that none of them need be installed.
+_NO_ACCESS = ("NoCredentialsError", "AuthenticationException", "ClientAuthenticationError", "LoginError")
+_NO_NETWORK = ("EndpointConnectionError", "ClientConnectorError", "ConnectTimeoutError", "ServerDisconnectedError")
+_NO_ACCESS_STATUS = (401, 403)
+
+
+class FolderStore:
+    """A bank in a folder or behind an fsspec URL; see `stores.Store`."""
+
+    def __init__(self, root: str) -> None:
+        import fsspec
+        from fsspec.core import url_to_fs
+        from fsspec.implementations.local import LocalFileSystem
+
+        self.root = root
+        try:
+            self.fs, path = url_to_fs(root, use_listings_cache=False)
+        except ImportError as error:
+            raise UsageError(f"{root} needs a package that is not installed: {error}.") from error
+        except ValueError as error:
+            known = ", ".join(sorted(fsspec.available_protocols()))
+            raise UsageError(f"fsspec {fsspec.__version__} opens no {root} ({error}); it knows {known}.") from error
+        self.path = str(path).rstrip("/") or "/"
+        self.is_local = isinstance(self.fs, LocalFileSystem)
+
+    def names(self) -> list[str]:
+        """See `Store`."""
+        with self._explained():
+            if not self.fs.isdir(self.path):
+                raise NotInBankError(f"there is no bank at {self.root}; push an organ to it first.")
+            children = [self._last(child) for child in self.fs.ls(self.path, detail=False)]
+            return sorted(name for name in children if self.fs.isdir(f"{self.path}/{name}/{_VERSIONS}"))
+
+    def versions(self, name: str) -> dict[str, str | None]:
+        """See `Store`."""
+        yanked = set(self._stems(name, _YANKED))
+        return {
+            version: str(self._json(name, _YANKED, version).get("reason") or "no reason given")
+            if version in yanked
+            else None
+            for version in self._stems(name, _VERSIONS)
+            if is_version(version)
+        }
+
+    def tags(self, name: str) -> dict[str, str]:
+        """See `Store`."""
+        return {tag: str(self._json(name, _TAGS, tag).get("version")) for tag in self._stems(name, _TAGS)}
+
+    def entry(self, name: str, version: str) -> Entry:
+        """See `Store`."""
+        path = self._place(name, _VERSIONS, version)
+        with self._explained():
+            return parse_entry(self.fs.cat_file(path), path, name=name, version=version)
+
+    def read(self, entry: Entry, start: int) -> Iterator[bytes]:
+        """See `Store`."""
+        with self._explained(), self.fs.open(self._file(entry), "rb") as stream:
+            stream.seek(start)
+            while chunk := stream.read(CHUNK_BYTES):
+                yield chunk
+
+    def add(self, entry: Entry, file: Path) -> None:
+        """See `Store`. The organ file goes first, and the version is there once it is whole."""
+        if self.is_local:
+            self._make_root()
+        with self._explained(), self._locked(entry.name):
+            place = self._place(entry.name, _VERSIONS, entry.version)
+            self.fs.makedirs(f"{self.path}/{entry.name}/{_FILES}", exist_ok=True)
+            if self.is_local:
+                _copy(file, Path(self._file(entry)), entry.sha256)
+            elif not self._has(self._file(entry), entry.size):
+                log.info("sending %s to %s", file.name, self.root)
+                self.fs.put_file(str(file), self._file(entry))
+            self._write(place, entry.model_dump_json(), exclusive=True)
+        # Where a store has no way to say "only if it is not there", the last of two writers is the one to be believed.
+        if self.entry(entry.name, entry.version).sha256 != entry.sha256:
+            raise VersionExistsError(f"{place} was written by someone else at the same time, with other bytes.")
+
+    def set_tag(self, name: str, tag: str, version: str) -> None:
+        """See `Store`."""
+        with self._explained(), self._locked(name):
+            self._write(self._place(name, _TAGS, tag), json.dumps({"version": version}))
+
+    def yank(self, name: str, version: str, reason: str | None) -> None:
+        """See `Store`."""
+        place = self._place(name, _YANKED, version)
+        with self._explained(), self._locked(name):
+            if reason is not None:
+                self._write(place, json.dumps({"reason": reason}))
+            elif self.fs.exists(place):
+                self.fs.rm_file(place)
+
+    def _place(self, name: str, kind: str, stem: str) -> str:
+        return f"{self.path}/{name}/{kind}/{stem}.json"
+
+    def _file(self, entry: Entry) -> str:
+        return f"{self.path}/{entry.name}/{_FILES}/{entry.sha256}.safetensors"
+
+    def _stems(self, name: str, kind: str) -> list[str]:
+        folder = f"{self.path}/{name}/{kind}"
+        with self._explained():
+            if not self.fs.isdir(folder):
+                return []
+            names = [self._last(path) for path in self.fs.ls(folder, detail=False)]
+        return sorted(n.removesuffix(".json") for n in names if n.endswith(".json") and not n.startswith("."))
+
+    @staticmethod
+    def _last(path: str) -> str:
+        return path.rstrip("/").rpartition("/")[2]
+
+    def _json(self, name: str, kind: str, stem: str) -> dict[str, Any]:
+        path = self._place(name, kind, stem)
+        with self._explained():
+            content = self.fs.cat_file(path)
+        try:
+            return dict(json.loads(content))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise BankDigestError(f"{path} is no JSON object; it was altered or damaged.") from error
+
+    def _has(self, path: str, size: int) -> bool:
+        return bool(self.fs.exists(path)) and self.fs.size(path) == size
+
+    def _write(self, path: str, text: str, *, exclusive: bool = False) -> None:
+        """Write a small file, atomically in a folder; an object store's writes are."""
+        if self.is_local:
+            Path(path).parent.mkdir(exist_ok=True)
+            if exclusive and Path(path).exists():
+                return
+            with atomic_file(Path(path), overwrite=True) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+            return
+        self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        try:
+            self.fs.pipe_file(path, text.encode(), mode="create" if exclusive else "overwrite")
+        except FileExistsError:
+            return
+
+    def _make_root(self) -> None:
+        """Make the folder of the bank, but not those above it, so that a typo is no new tree of folders."""
+        folder = Path(self.path)
+        if not folder.parent.is_dir():
+            raise UsageError(f"the folder {folder.parent} does not exist; create it first.")
+        with explained_os_errors(folder):
+            folder.mkdir(exist_ok=True)
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        """Let one process after the other write about an organ, where the bank is a folder."""
+        if not self.is_local:
+            yield
+            return
+        folder = Path(self.path, name)
+        folder.mkdir(exist_ok=True)
+        with FileLock(folder / ".lock"):
+            yield
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn what fsspec and the libraries below it raise into one sentence."""
+        try:
+            yield
+        except NeurograftError:
+            raise
+        except FileNotFoundError as error:
+            raise NotInBankError(f"{self.root} lacks a file that it should have: {error}.") from error
+        except Exception as error:
+            raise self._explain(error) from error
+
+    def _explain(self, error: Exception) -> BankError:
+        kind, text = type(error).__name__, next(iter(str(error).splitlines()), "no message").rstrip(".")
+        if isinstance(error, PermissionError) or kind in _NO_ACCESS or getattr(error, "status", 0) in _NO_ACCESS_STATUS:
+            return BankAccessError(
+                f"{self.root} refuses access ({text}); check the rights, or the user and password that its fsspec "
+                f"file system takes."
+            )
+        if isinstance(error, NotImplementedError):
+            return BankAccessError(f"{self.root} can't be written to by way of {type(self.fs).__name__}.")
+        if isinstance(error, ConnectionError | TimeoutError) or kind in _NO_NETWORK:
+            return BankUnreachableError(f"{self.root} can't be reached ({kind}: {text}); is there a network?")
+        return BankError(f"{self.root} can't be used: {kind}: {text}.")
+
+
+def _copy(source: Path, target: Path, sha256: str) -> None:
+    """Copy an organ file into a folder under its digest; what an interrupted copy left is gone on with."""
+    if target.is_file() and file_sha256(target) == sha256:
+        return
+    part = target.with_suffix(".part")
+    with explained_os_errors(target):
+        done = part.stat().st_size if part.is_file() else 0
+        require_space(target.parent, max(0, source.stat().st_size - done))
+        with source.open("rb") as reading, part.open("ab") as writing:
+            reading.seek(done)
+            shutil.copyfileobj(reading, writing, CHUNK_BYTES)
+        if file_sha256(part) != sha256:
+            part.unlink()
+            raise BankDigestError(f"{source} was changed while it was copied, or an earlier copy of it; push it again.")
+        part.chmod(source.stat().st_mode & 0o666 | 0o400)
+        fsync(part)
+        part.replace(target)
+        fsync(target.parent)

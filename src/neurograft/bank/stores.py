@@ -1,0 +1,58 @@
+"""What every kind of bank can do, and which kind a root is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from neurograft.bank.entries import Entry
+
+
+class Store(Protocol):
+    """A bank. What fails raises a `BankError`: unreachable, access denied, not there, version exists."""
+
+    root: str
+
+    def names(self) -> list[str]:
+        """Return what the organs in it are called."""
+
+    def versions(self, name: str) -> dict[str, str | None]:
+        """Return every version of an organ, with the reason if it was yanked; none if there is no such organ."""
+
+    def tags(self, name: str) -> dict[str, str]:
+        """Return tag -> version."""
+
+    def entry(self, name: str, version: str) -> Entry:
+        """Return what the bank says of a version that it has."""
+
+    def read(self, entry: Entry, start: int) -> Iterator[bytes]:
+        """Return the bytes of an organ file from `start`, in pieces."""
+
+    def add(self, entry: Entry, file: Path) -> None:
+        """Add a version; one that another process added meanwhile, with other bytes, is refused."""
+
+    def set_tag(self, name: str, tag: str, version: str) -> None:
+        """Let a tag stand for a version, whatever it stood for before."""
+
+    def yank(self, name: str, version: str, reason: str | None) -> None:
+        """Mark a version as yanked; no reason takes the mark away."""
+
+
+def open_store(root: str) -> Store:
+    """Open the bank at a root.
+
+    Raises:
+        UsageError: There is no such kind of bank here.
+    """
+    if root.startswith("hf://"):
+        from neurograft.bank.hugging_face import HubStore
+
+        return HubStore(root)
+    if root.startswith("oci://"):
+        from neurograft.bank.registries import RegistryStore
+
+        return RegistryStore(root)
+    from neurograft.bank.folders import FolderStore
+
+    return FolderStore(root)
