@@ -104,7 +104,7 @@ def plan_one(domain: str) -> dict[str, Any]:
             find_packaged_model(), data=folder / "training.jsonl", eval_data=folder / "held-out.jsonl",
             budget={"tokens": TOKENS, "seconds": limit}, trial_tokens=TRIAL_TOKENS, **OPTIONS,
         )  # fmt: skip
-    return report.model_dump(mode="json")
+    return report.model_dump(mode="json", exclude={"commands"})  # they name paths of this machine
 
 
 def _paper_seconds(training: list[str], held_out: list[str]) -> float:
