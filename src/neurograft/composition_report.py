@@ -43,10 +43,9 @@ class Domain(_Part):
     tokens: int
 
 
-class Score(_Part):
-    """A perplexity, and its ratio to the recipient's, with a 95 % interval by bootstrap over documents."""
+class _Ratio(_Part):
+    """One perplexity over another, with a 95 % interval by bootstrap over documents."""
 
-    perplexity: float
     ratio: float
     low: float
     high: float
@@ -56,19 +55,17 @@ class Score(_Part):
         return f"{self.ratio:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-class Interference(_Part):
-    """All organs together beside the one that alone is best on a data set."""
+class Score(_Ratio):
+    """A perplexity, and its ratio to the recipient's."""
+
+    perplexity: float
+
+
+class Interference(_Ratio):
+    """The perplexity with all organs together over that with the one that alone is best on a data set."""
 
     data: str
     best: str
-    ratio: float
-    """Perplexity with all organs over that with the best one alone."""
-    low: float
-    high: float
-
-    def show_ratio(self) -> str:
-        """Write the ratio with its interval: `1.012 [1.003, 1.020]`."""
-        return f"{self.ratio:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 class Row(_Part):

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from neurograft.byte_moves import FileRange
 from neurograft.checkpoint import INDEX_FILE, Checkpoint, read_index, refuse_doubles, refuse_numbered_packing
@@ -104,6 +105,15 @@ def _explained(name: str) -> Iterator[None]:
         raise ModelError(f"{name} is no local directory, and the Hub did not give it: {reason}") from error
 
 
+def _looked_into(name: str, revision: str | None, trust_remote_code: bool) -> tuple[ModelDirectory, dict[str, Any]]:
+    """Fetch a model's small files; return where they are and its configuration, if its layers can be moved."""
+    directory = _small_files(name, revision)
+    refuse_foreign(directory.path, trust_remote_code=trust_remote_code)
+    raw = read_raw_config(directory.path)
+    refuse_numbered_packing(raw, directory.name)
+    return directory, raw
+
+
 def hub_headers(reference: str, *, trust_remote_code: bool = False) -> Checkpoint | None:
     """Open a model on the Hub of which nothing is here but the small files and the headers of the others.
 
@@ -119,10 +129,7 @@ def hub_headers(reference: str, *, trust_remote_code: bool = False) -> Checkpoin
     """
     name, _, revision = reference.partition("@")
     with _explained(name):
-        directory = _small_files(name, revision or None)
-        refuse_foreign(directory.path, trust_remote_code=trust_remote_code)
-        raw = read_raw_config(directory.path)
-        refuse_numbered_packing(raw, directory.name)
+        directory, raw = _looked_into(name, revision or None, trust_remote_code)
         remote = _Remote(name, str(directory.revision))
         shards = sorted(set(_weight_map(remote, directory.path).values())) or [_SINGLE_FILE]
         log.info("reading the headers of %d files of %s", len(shards), name)
@@ -171,10 +178,7 @@ def hub_layers(
     """
     name, _, revision = reference.partition("@")
     with _explained(name):
-        directory = _small_files(name, revision or None)
-        refuse_foreign(directory.path, trust_remote_code=trust_remote_code)
-        raw = read_raw_config(directory.path)
-        refuse_numbered_packing(raw, directory.name)
+        directory, raw = _looked_into(name, revision or None, trust_remote_code)
         study, tokenizer = study_all(directory, trust_remote_code=trust_remote_code)
         chosen = choose(study.layer_count)
         cache_directory().mkdir(parents=True, exist_ok=True)

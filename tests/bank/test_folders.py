@@ -19,6 +19,7 @@ from neurograft.bank.entries import Entry
 from neurograft.bank.folders import FolderStore
 from neurograft.bank.references import parse_organ
 from neurograft.bank.resolving import download_organ, find
+from neurograft.bank.stores import explaining
 from neurograft.cli import app
 from neurograft.errors import (
     BankAccessError,
@@ -334,7 +335,7 @@ def test_what_fsspec_raises_becomes_a_sentence(tmp_path: Path) -> None:
         (TimeoutError(), BankUnreachableError, "can't be reached"),
         (RuntimeError("odd"), BankError, "can't be used: RuntimeError: odd"),
     ]:
-        with pytest.raises(kind, match=sentence), store._explained():
+        with pytest.raises(kind, match=sentence), explaining(store._explain):
             raise raised
 
 

@@ -16,6 +16,7 @@ from hub_server import WritableHub, serve_writable
 from neurograft.bank import downloads
 from neurograft.bank.card import model_card
 from neurograft.bank.hugging_face import HubStore
+from neurograft.bank.stores import explaining
 from neurograft.errors import BankAccessError, BankUnreachableError, NotInBankError, VersionExistsError, YankedError
 from neurograft.manifest import Evaluation
 from neurograft.organ import Organ
@@ -107,7 +108,7 @@ def test_refusals(hub: WritableHub, organ_file: Path, monkeypatch: pytest.Monkey
 
 
 def test_offline_is_honoured() -> None:
-    with pytest.raises(BankUnreachableError, match="HF_HUB_OFFLINE"), HubStore("hf://clinic")._explained():
+    with pytest.raises(BankUnreachableError, match="HF_HUB_OFFLINE"), explaining(HubStore("hf://clinic")._explain):
         raise OfflineModeIsEnabled("offline")
 
 

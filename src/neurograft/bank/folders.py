@@ -18,13 +18,13 @@ from typing import Any
 from filelock import FileLock
 
 from neurograft.bank.entries import Entry, parse_entry
+from neurograft.bank.stores import explaining
 from neurograft.bank.versions import is_version
 from neurograft.errors import (
     BankAccessError,
     BankDigestError,
     BankError,
     BankUnreachableError,
-    NeurograftError,
     NotInBankError,
     UsageError,
     VersionExistsError,
@@ -61,7 +61,7 @@ class FolderStore:
 
     def names(self) -> list[str]:
         """See `Store`."""
-        with self._explained():
+        with explaining(self._explain):
             if not self.fs.isdir(self.path):
                 raise NotInBankError(f"there is no bank at {self.root}; push an organ to it first.")
             children = [self._last(child) for child in self.fs.ls(self.path, detail=False)]
@@ -85,12 +85,12 @@ class FolderStore:
     def entry(self, name: str, version: str) -> Entry:
         """See `Store`."""
         path = self._place(name, _VERSIONS, version)
-        with self._explained():
+        with explaining(self._explain):
             return parse_entry(self.fs.cat_file(path), path, name=name, version=version)
 
     def read(self, entry: Entry, start: int) -> Iterator[bytes]:
         """See `Store`."""
-        with self._explained(), self.fs.open(self._file(entry), "rb") as stream:
+        with explaining(self._explain), self.fs.open(self._file(entry), "rb") as stream:
             stream.seek(start)
             while chunk := stream.read(CHUNK_BYTES):
                 yield chunk
@@ -99,7 +99,7 @@ class FolderStore:
         """See `Store`. The organ file goes first, and the version is there once it is whole."""
         if self.is_local:
             self._make_root()
-        with self._explained(), self._locked(entry.name):
+        with explaining(self._explain), self._locked(entry.name):
             place = self._place(entry.name, _VERSIONS, entry.version)
             self.fs.makedirs(f"{self.path}/{entry.name}/{_FILES}", exist_ok=True)
             if self.is_local:
@@ -114,13 +114,13 @@ class FolderStore:
 
     def set_tag(self, name: str, tag: str, version: str) -> None:
         """See `Store`."""
-        with self._explained(), self._locked(name):
+        with explaining(self._explain), self._locked(name):
             self._write(self._place(name, _TAGS, tag), json.dumps({"version": version}))
 
     def yank(self, name: str, version: str, reason: str | None) -> None:
         """See `Store`."""
         place = self._place(name, _YANKED, version)
-        with self._explained(), self._locked(name):
+        with explaining(self._explain), self._locked(name):
             if reason is not None:
                 self._write(place, json.dumps({"reason": reason}))
             elif self.fs.exists(place):
@@ -134,7 +134,7 @@ class FolderStore:
 
     def _stems(self, name: str, kind: str) -> list[str]:
         folder = f"{self.path}/{name}/{kind}"
-        with self._explained():
+        with explaining(self._explain):
             if not self.fs.isdir(folder):
                 return []
             names = [self._last(path) for path in self.fs.ls(folder, detail=False)]
@@ -146,7 +146,7 @@ class FolderStore:
 
     def _json(self, name: str, kind: str, stem: str) -> dict[str, Any]:
         path = self._place(name, kind, stem)
-        with self._explained():
+        with explaining(self._explain):
             content = self.fs.cat_file(path)
         try:
             return dict(json.loads(content))
@@ -190,19 +190,9 @@ class FolderStore:
         with FileLock(folder / ".lock"):
             yield
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Turn what fsspec and the libraries below it raise into one sentence."""
-        try:
-            yield
-        except NeurograftError:
-            raise
-        except FileNotFoundError as error:
-            raise NotInBankError(f"{self.root} lacks a file that it should have: {error}.") from error
-        except Exception as error:
-            raise self._explain(error) from error
-
     def _explain(self, error: Exception) -> BankError:
+        if isinstance(error, FileNotFoundError):
+            return NotInBankError(f"{self.root} lacks a file that it should have: {error}.")
         kind, text = type(error).__name__, next(iter(str(error).splitlines()), "no message").rstrip(".")
         if isinstance(error, PermissionError) or kind in _NO_ACCESS or getattr(error, "status", 0) in _NO_ACCESS_STATUS:
             return BankAccessError(

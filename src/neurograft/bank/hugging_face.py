@@ -9,19 +9,18 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from neurograft.bank.card import model_card
 from neurograft.bank.entries import Entry, parse_entry
+from neurograft.bank.stores import explaining
 from neurograft.bank.versions import is_version
 from neurograft.errors import (
     BankAccessError,
     BankDigestError,
     BankError,
     BankUnreachableError,
-    NeurograftError,
     NotInBankError,
 )
 
@@ -44,7 +43,7 @@ class HubStore:
 
     def names(self) -> list[str]:
         """See `Store`."""
-        with self._explained():
+        with explaining(self._explain):
             models = self.api.list_models(author=self.owner, filter="neurograft")
             return sorted(model.id.rpartition("/")[2] for model in models)
 
@@ -78,7 +77,7 @@ class HubStore:
         small = {_ENTRY: entry.model_dump_json(), "README.md": card}
         operations = [CommitOperationAdd(path, content.encode()) for path, content in small.items()]
         operations.append(CommitOperationAdd(_ORGAN, str(file)))
-        with self._explained():
+        with explaining(self._explain):
             self.api.create_repo(repository, private=True, exist_ok=True)
             log.info("sending %s to %s", file.name, repository)
             message = f"{entry.manifest.name} {entry.version}"
@@ -100,7 +99,7 @@ class HubStore:
         commits = self._commits(name)
         if commits.get(tag) == commits[version]:
             return
-        with self._explained():
+        with explaining(self._explain):
             if tag in commits:
                 self.api.delete_tag(self._id(name), tag=tag)
             self.api.create_tag(self._id(name), tag=tag, revision=commits[version])
@@ -113,7 +112,7 @@ class HubStore:
         yanked.pop(version, None)
         content = json.dumps(yanked | ({} if reason is None else {version: reason}), indent=1).encode()
         message = f"{'Take again' if reason is None else 'Yank'} {version}"
-        with self._explained():
+        with explaining(self._explain):
             operation = CommitOperationAdd(_YANKED, content)
             self.api.create_commit(self._id(name), [operation], commit_message=message)
 
@@ -124,7 +123,7 @@ class HubStore:
         """Return tag -> commit; nothing if there is no such repository, or none that may be seen."""
         from huggingface_hub.errors import RepositoryNotFoundError
 
-        with self._explained():
+        with explaining(self._explain):
             try:
                 return {ref.name: ref.target_commit for ref in self.api.list_repo_refs(self._id(name)).tags}
             except RepositoryNotFoundError:
@@ -152,22 +151,13 @@ class HubStore:
             headers["Range"] = f"bytes={start}-"
         # Its own retries can't go on in the middle of a body, and hide there what went wrong; `downloads` does both.
         request = http_stream_backoff("GET", url, headers=headers, follow_redirects=True, retry_on_exceptions=())
-        with self._explained(), request as response:
+        with explaining(self._explain), request as response:
             hf_raise_for_status(response)
             skip = start if response.status_code != 206 else 0
             for piece in response.iter_bytes():
                 if skip < len(piece):
                     yield piece[skip:]
                 skip = max(0, skip - len(piece))
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except NeurograftError:
-            raise
-        except Exception as error:
-            raise self._explain(error) from error
 
     def _explain(self, error: Exception) -> Exception:
         """Turn what huggingface_hub raises into one sentence; what it does not raise comes back as it is."""

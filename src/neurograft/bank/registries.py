@@ -11,13 +11,13 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from neurograft.bank.entries import Entry, parse_entry
 from neurograft.bank.references import RESERVED_TAG
+from neurograft.bank.stores import explaining
 from neurograft.bank.versions import is_version
 from neurograft.errors import (
     BankAccessError,
@@ -53,7 +53,7 @@ class RegistryStore:
         self.host, _, self.path = root.removeprefix("oci://").partition("/")
         loopback = urlsplit(f"//{self.host}").hostname in _LOOPBACK
         self.base = f"{'http' if loopback else 'https'}://{self.host}/v2/"
-        with self._explained():
+        with explaining(self._explain):
             self.client, self.headers = _connect(self.host, self.base, insecure=loopback)
 
     def names(self) -> list[str]:
@@ -96,7 +96,7 @@ class RegistryStore:
         """See `Store`."""
         headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
         url = f"{self._repository(entry.name)}/blobs/sha256:{entry.sha256}"
-        with self._explained(), self._ask("GET", url, headers=headers, stream=True) as response:
+        with explaining(self._explain), self._ask("GET", url, headers=headers, stream=True) as response:
             skip = start if response.status_code != 206 else 0
             for piece in response.iter_content(CHUNK_BYTES):
                 if skip < len(piece):
@@ -162,7 +162,7 @@ class RegistryStore:
     def _manifest(self, name: str, tag: str) -> tuple[dict[str, Any], bytes]:
         """Return an artifact's manifest, parsed and as it is."""
         response = self._ask("GET", f"{self._repository(name)}/manifests/{tag}", headers={"Accept": MANIFEST})
-        with self._explained():
+        with explaining(self._explain):
             return dict(response.json()), response.content
 
     def _put(self, name: str, tag: str, document: dict[str, Any]) -> None:
@@ -227,20 +227,11 @@ class RegistryStore:
     def _ask(self, method: str, url: str, *, headers: dict[str, str] | None = None, **options: Any) -> Any:
         """Make a request with oras's authentication, without its minutes of retries; refusals are raised."""
         own = self.headers if url.startswith(self.base) else {}
-        with self._explained():
+        with explaining(self._explain):
             request = type(self.client).do_request.__wrapped__
             response = request(self.client, url, method, headers={**own, **(headers or {})}, **options)
             response.raise_for_status()
             return response
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except NeurograftError:
-            raise
-        except Exception as error:
-            raise self._explain(error) from error
 
     def _explain(self, error: Exception) -> Exception:
         """Turn what requests and oras raise into one sentence; anything else comes back as it is."""

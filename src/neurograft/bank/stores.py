@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from neurograft.bank.entries import Entry
+from neurograft.errors import NeurograftError
 
 
 class Store(Protocol):
@@ -56,3 +58,21 @@ def open_store(root: str) -> Store:
     from neurograft.bank.folders import FolderStore
 
     return FolderStore(root)
+
+
+@contextmanager
+def explaining(explain: Callable[[Exception], Exception]) -> Iterator[None]:
+    """Let `explain` turn what a library raises into one sentence; errors of neurograft's own pass as they are.
+
+    Args:
+        explain: Gives the error to raise in the place of another, which may be that other itself.
+    """
+    try:
+        yield
+    except NeurograftError:
+        raise
+    except Exception as error:
+        explained = explain(error)
+        if explained is error:
+            raise
+        raise explained from error
