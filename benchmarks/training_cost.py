@@ -87,12 +87,13 @@ def main() -> None:
     """Measure every way, in turns, and write the medians."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--one", metavar="WAY", help="measure one, and print it as JSON")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(measure(arguments.one)))
         return
     found: dict[str, list[dict[str, Any]]] = {}
-    for _ in range(ROUNDS):
+    for _ in range(arguments.rounds):
         for way in WAYS:
             command = [sys.executable, __file__, "--one", way]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -111,7 +112,12 @@ def main() -> None:
         }
         for way, runs in found.items()
     ]
-    settings = {"rounds": ROUNDS, "steps": STEPS, "batch_size": BATCH_SIZE, "sequence_length": SEQUENCE_LENGTH}
+    settings = {
+        "rounds": arguments.rounds,
+        "steps": STEPS,
+        "batch_size": BATCH_SIZE,
+        "sequence_length": SEQUENCE_LENGTH,
+    }
     result = {"run": describe_run("python benchmarks/training_cost.py"), "settings": settings, "rows": rows}
     RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

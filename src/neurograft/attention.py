@@ -1,7 +1,8 @@
 """Attention over short sequences as plain matrix products, which on CPUs is faster to train through than fused kernels.
 
 A fused kernel never holds the (T, T) probabilities. Over short sequences they are small, and keeping them saves the
-backward pass from computing them again: at 128 tokens, in bfloat16, it takes a quarter of the time.
+backward pass from computing them again: at 128 tokens, in bfloat16, it takes a third of the time
+(benchmarks/attention.py).
 """
 
 from __future__ import annotations
@@ -23,9 +24,8 @@ def choose_attention(tokens: int, kernels: Kernels, device: torch.device) -> Att
     """Return the faster way through a forward and a backward pass of causal attention.
 
     By a rule and not by a measurement at every start, which other work on the machine could turn: the same command
-    should come to the same bits. On an AMD EPYC (Turin), one thread, heads of 64, products in bfloat16 took 0.21, 0.26,
-    0.58, 0.70 and 1.39 of the fused kernel's time at 64, 128, 256, 512 and 1024 tokens; in float32 0.99, 1.02, 1.08,
-    1.75 and 2.35.
+    should come to the same bits. The rule rests on benchmarks/attention.py: in bfloat16 products win up to 512 tokens,
+    in float32 never by more than a few hundredths.
 
     Args:
         tokens: Length of the sequences.

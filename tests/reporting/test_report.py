@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from neurograft import compose, evaluate, report, train, transplant
+from neurograft import evaluate, report, train, transplant
 from neurograft.cli import app
 from neurograft.errors import OrganFileError, UsageError
 from neurograft.organ import Organ
@@ -83,8 +83,9 @@ def test_everything_is_on_one_page(trained: Path, organ_file: Path, donor: Path,
     (tmp_path / "scan.json").write_text(scan_report().model_dump_json(), encoding="utf-8")
     measured = evaluate(model, data={"words": tmp_path / "text.txt"}, baseline=donor, gates=["words<=2*baseline"])
     (tmp_path / "measured.json").write_text(measured.model_dump_json(), encoding="utf-8")
-    together = compose([trained, organ_file], donor, data={"words": tmp_path / "text.txt"}, at=[1, 4], mode="insert")
-    (tmp_path / "together.json").write_text(together.model_dump_json(), encoding="utf-8")
+    command = ["compose", str(trained), str(organ_file), str(donor), "--data", f"words={tmp_path / 'text.txt'}"]
+    together = CliRunner().invoke(app, [*command, "--at", "1", "--at", "4", "--mode", "insert", "--json"])
+    (tmp_path / "together.json").write_text(together.stdout, encoding="utf-8")
     output = tmp_path / "report.html"
     sources = [model, trained, *(tmp_path / f"{name}.json" for name in ("scan", "measured", "together"))]
     written = report(sources, output=output, prompts=["a shadow <b>"], recipient=donor, tokens=5)

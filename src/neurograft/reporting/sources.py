@@ -110,9 +110,10 @@ def _read_result(path: Path) -> BaseModel:
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} is no organ file and no JSON; give {wanted}.") from error
     if isinstance(content, dict):
+        content.pop("blocked", None)  # the verdict that compose prints beside what it found, from which it follows
         for kind in _RESULTS:
             try:
-                return kind.model_validate_json(text)
+                return kind.model_validate_json(json.dumps(content))
             except ValidationError:
                 continue
     raise UsageError(f"{path} is not {wanted}.")
