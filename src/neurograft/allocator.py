@@ -23,7 +23,8 @@ def keeping_freed_memory() -> Iterator[None]:
     """Let freed memory stay with the process inside the block, where the GNU C library manages it.
 
     By default it gives large blocks back to the operating system as soon as they are freed, which then has to clear
-    every page of the next one: a tenth of a training step (benchmarks/training_cost.py). The peak is the same.
+    every page of the next one. With attention by plain products this saves a fifth to a quarter of a training step, and
+    the peak is 3 to 13 % higher (benchmarks/training_cost.py measures both together).
     """
     library = _gnu_library()
     if library is None:
