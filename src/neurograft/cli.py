@@ -1216,10 +1216,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     _keep_only(next((argument for argument in sys.argv[1:] if not argument.startswith("-")), ""))
     ranks.silence_all_but_first()
-    try:
-        sys.exit(_run())
-    finally:
-        _leave_group()
+    status = _run()
+    ranks.leave(status)
+    sys.exit(status)
 
 
 def _run() -> int:
@@ -1242,10 +1241,3 @@ def _keep_only(verb: str) -> None:
     chosen = [command for command in app.registered_commands if command.callback.__name__ == verb]  # type: ignore[union-attr]
     if chosen:
         app.registered_commands = chosen
-
-
-def _leave_group() -> None:
-    """Take leave of the other processes, if there are any: torch complains otherwise."""
-    torch = sys.modules.get("torch")
-    if ranks.several() and torch is not None and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()

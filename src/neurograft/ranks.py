@@ -38,6 +38,19 @@ def silence_all_but_first() -> None:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
+def leave(status: int) -> None:
+    """End this process with an exit status if it is one of several; where it is alone, do nothing.
+
+    Python does not take itself apart then: threads of torch's process groups may still hold tensors, and one that asks
+    for the interpreter while it goes aborts the process (`terminate called without an active exception`), which
+    launchers report as a failure of what was done and written.
+    """
+    if several():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
 def original_streams() -> None:
     """Let this process write again, if it was silenced."""
     if rank() == 0:

@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from neurograft import train
+from neurograft import ranks, train
 from neurograft.errors import UsageError
 from neurograft.files import tensors_digest
 from neurograft.models import load_model, load_tokenizer
@@ -54,7 +54,7 @@ def main(folder: Path) -> None:
     torch.distributed.all_gather_object(everywhere, found)
     if processes.first:
         (folder / "found.json").write_text(json.dumps(everywhere))
-    torch.distributed.destroy_process_group()
+    ranks.leave(0)
 
 
 def _train(folder: Path, kind: str, output: str, progress: Any = None, **changes: Any) -> dict[str, Any]:
