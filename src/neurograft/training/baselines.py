@@ -320,7 +320,8 @@ def _prepare_organ(
 
     def ship(folder: Path) -> int:
         path = folder / "organ.safetensors"
-        Organ(manifest, trained).save(path)
+        # What the layers answered before they were trained says nothing of them now.
+        Organ(manifest.model_copy(update={"probe": None, "sketch": None}), trained).save(path)
         return path.stat().st_size
 
     trainee = Trainee(_parameters_of(attachment.layers, part), attachment.layers, attachment.positions[0])

@@ -1,0 +1,193 @@
+"""The application that all commands belong to: what it shows, how it fails, and with which exit status it ends."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from neurograft import __version__, ranks
+from neurograft.errors import NeurograftError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from rich.console import RenderableType
+    from rich.status import Status
+
+EXIT_NO = 1  # the verdict is no: an organ that does not fit, a gate that does not hold
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+PIPED_WIDTH = 140
+_WrongArguments: Any = typer.BadParameter.__mro__[2]  # the parent of all that is wrong with arguments
+
+app = typer.Typer(
+    name="neurograft",
+    help="Move trained slices of language models between compatible models.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Screen:
+    """Where results and progress go: results to standard output, everything else to standard error."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        # Without a terminal there is no width to keep to, and whoever reads the output should find digests whole.
+        self.out = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
+        self.err = Console(stderr=True, quiet=ranks.rank() > 0)
+        self.status: Status | None = None
+
+    def result(
+        self, document: BaseModel | dict[str, Any], pretty: RenderableType | Callable[[], RenderableType]
+    ) -> None:
+        """Print a result, as JSON or for people; of several processes, the first does."""
+        if ranks.rank() > 0:
+            return
+        if self.as_json:
+            text = json.dumps(document) if isinstance(document, dict) else document.model_dump_json()
+            sys.stdout.write(text + "\n")
+        else:
+            self.out.print(pretty() if callable(pretty) else pretty)
+
+    def fail(self, message: str, kind: str) -> None:
+        """Print an error: one sentence on standard error, and as JSON on standard output if that was asked for."""
+        ranks.original_streams()
+        self.err.quiet = False
+        if self.as_json:
+            sys.stdout.write(json.dumps({"error": {"kind": kind, "message": message}}) + "\n")
+        self.err.print(f"error: {message}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+
+
+class _StatusHandler(logging.Handler):
+    """Show what neurograft is doing right now in the status line."""
+
+    def __init__(self, screen: Screen) -> None:
+        super().__init__(logging.INFO)
+        self.screen = screen
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.screen.status is not None:
+            self.screen.status.update(record.getMessage())
+
+
+@contextmanager
+def running(as_json: bool, doing: str) -> Iterator[Screen]:
+    """Show a status line while a verb runs, and turn what it raises into one sentence and an exit status."""
+    screen = Screen(as_json)
+    logger = logging.getLogger("neurograft")
+    handler = _StatusHandler(screen)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        with screen.err.status(doing) as screen.status:
+            yield screen
+    except NeurograftError as error:
+        if ranks.claim_failure():
+            screen.fail(str(error), type(error).__name__)
+        raise typer.Exit(EXIT_ERROR) from error
+    except KeyboardInterrupt as interrupt:
+        # Only the first process knows what it wrote, and one that another's failure ended has nothing to say.
+        if ranks.rank() == 0 and ranks.claim_failure():
+            screen.fail(f"interrupted; {str(interrupt) or 'nothing was written'}.", "Interrupted")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except MemoryError as error:
+        if ranks.claim_failure():
+            screen.fail("the memory is full; nothing was written.", "MemoryError")
+        raise typer.Exit(EXIT_ERROR) from error
+    except BrokenPipeError as error:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (Python flushes it when it ends)
+        raise typer.Exit(EXIT_ERROR) from error
+    except Exception as error:
+        # Whatever it is, it is no verdict, which is what Python's own exit status of 1 would mean. What one process's
+        # failure makes of the others, such as a lost connection, would hide the reason.
+        if ranks.claim_failure():
+            screen.fail(_unexpected(error), type(error).__name__)
+        raise typer.Exit(EXIT_ERROR) from error
+    finally:
+        logger.removeHandler(handler)
+
+
+@contextmanager
+def training_display(screen: Screen) -> Iterator[Callable[[Any], None]]:
+    """Yield a callback that shows a training run's progress in the status line."""
+    from neurograft.progress import training_line
+
+    def show(progress: Any) -> None:
+        if screen.status is not None:
+            screen.status.update(training_line(progress))
+
+    yield show
+
+
+def _unexpected(error: Exception) -> str:
+    """Say in one sentence what nobody foresaw, after the traceback if `NEUROGRAFT_TRACEBACK` asks for it."""
+    if os.environ.get("NEUROGRAFT_TRACEBACK", "") not in ("", "0"):
+        traceback.print_exception(error)
+    first = next(iter(str(error).strip().splitlines()), "no message").rstrip(".")
+    return (
+        f"unexpected error: {type(error).__name__}: {first}; please report it (with NEUROGRAFT_TRACEBACK=1 in the "
+        "environment, the same command shows where it came from)."
+    )
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"neurograft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _terminate(_signal: int, _frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Run the command line; a polite end (SIGTERM) cleans up as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, _terminate)
+    _keep_only(next((argument for argument in sys.argv[1:] if not argument.startswith("-")), ""))
+    ranks.silence_all_but_first()
+    status = _run()
+    ranks.leave(status)
+    sys.exit(status)
+
+
+def _run() -> int:
+    """Run the command line; return the exit status. With `--json`, wrong arguments are one JSON document too."""
+    try:
+        return int(app(standalone_mode=False) or 0)
+    except _WrongArguments as error:
+        if "--json" in sys.argv:
+            message = " ".join(error.format_message().replace("Value error, ", "").split())
+            sys.stdout.write(json.dumps({"error": {"kind": "UsageError", "message": message}}) + "\n")
+        error.show()
+        return EXIT_ERROR
+    except (typer.Abort, KeyboardInterrupt):
+        sys.stderr.write("error: interrupted; nothing was written.\n")
+        return EXIT_INTERRUPTED
+
+
+def _keep_only(verb: str) -> None:
+    """Forget the other commands if this is one: reading all their options takes as long as many a command."""
+    chosen = [command for command in app.registered_commands if command.callback.__name__ == verb]  # type: ignore[union-attr]
+    if chosen:
+        app.registered_commands = chosen
