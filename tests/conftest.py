@@ -23,6 +23,8 @@ Factory = Callable[..., Path]
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEUROGRAFT_CACHE", str(tmp_path_factory.getbasetemp() / "neurograft-cache"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.getbasetemp() / "config"))  # no trust.toml of the user's
+    monkeypatch.delenv("NEUROGRAFT_TRUST", raising=False)
 
 
 @pytest.fixture(scope="session")

@@ -59,3 +59,7 @@ class YankedError(BankError):
 
 class BankDigestError(BankError, ValueError):
     """What came out of a bank is not what was put in: it was altered on the way or there."""
+
+
+class TrustError(NeurograftError, ValueError):
+    """An organ is not signed by whom it should be, its signatures can't be read, or `trust.toml` can't."""

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 METADATA_KEY = "neurograft"
+# Digests of the files that this process wrote, which `trust.toml` need not let it use: they are its own.
+_written: set[str] = set()
 _DIGEST_FIELD = re.compile(rb'\\"file_digest\\":\\"([0-9a-f]{64})\\"')
 
 
@@ -216,6 +218,7 @@ def write_organ(organ: Organ, path: Path, *, overwrite: bool = False) -> Organ:
         _seal(temporary, header, whole.hexdigest())
         written, _ = parse_header(json.loads(header[8:]), path, len(header), temporary.stat().st_size)
     manifest = manifest.model_copy(update={"file_digest": whole.hexdigest()})
+    _written.add(manifest.file_digest)
     return Organ(manifest, LazyTensors(written) if isinstance(organ.tensors, LazyTensors) else organ.tensors, path)
 
 
@@ -250,6 +253,7 @@ def read_organ(path: str | Path) -> Organ:
     """Read an organ file into memory, trusting nothing: sizes, schema, digests and values are checked.
 
     Raises:
+        TrustError: There is a `trust.toml`, and it does not let this organ be used; see `neurograft.trust.policy`.
         OrganFileError: The file is missing, no organ, truncated, altered in any byte, from a newer schema, or holds NaN
             or infinite values.
     """
@@ -264,14 +268,24 @@ def read_organ(path: str | Path) -> Organ:
         raise OrganFileError(f"{path} can't be read as a safetensors file: {error}.") from error
 
 
-def open_organ(path: str | Path) -> Organ:
+def open_organ(path: str | Path, *, for_use: bool = True) -> Organ:
     """Check an organ file as `read_organ` does, and leave its tensors where they are until they are asked for.
 
+    This is the one place through which organs come to be used, so it is here that `trust.toml` is heeded.
+
+    Args:
+        path: The file, or a reference to one in a bank.
+        for_use: Whether `trust.toml` must let it be used; not what is only looked at, or is the model's own explant.
+
     Raises:
-        OrganFileError: See `read_organ`.
+        OrganFileError, TrustError: See `read_organ`.
     """
     path = organ_path(path)
     manifest, pieces = _read_front(path)
+    if for_use and manifest.file_digest not in _written:  # if it says so wrongly, its digest does not hold below
+        from neurograft.trust.policy import require_trust
+
+        require_trust(path, manifest)
     size = path.stat().st_size
     digests: dict[str, str] = {}
     at_once(

@@ -1,0 +1,263 @@
+"""Signatures beside an organ: by keys and certificates, several signers, and each reason why one does not hold."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("model_signing.signing")
+
+from authorities import Authority, Keys, make_authority, make_keys, make_member
+from cryptography.hazmat.primitives.asymmetric import ec
+
+import neurograft
+from neurograft.errors import NeurograftError, OrganFileError, TrustError, UsageError
+from neurograft.organ import Organ
+from neurograft.trust.signature_files import LARGEST_FILE, read_signatures, signature_path
+from neurograft.trust.signers import Signer
+from neurograft.trust.signing import sign
+from neurograft.trust.verifying import Verification, verify
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Keys:
+    return make_keys(tmp_path, "maker")
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Keys:
+    return make_keys(tmp_path, "other", ec.SECP521R1())
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    return make_authority(tmp_path, "Example Hospitals")
+
+
+def check(path: Path, *signers: Signer) -> Verification:
+    return verify(path, signers=signers)
+
+
+def alter(path: Path, organ: Organ) -> None:
+    """Write another organ at `path`, whole and with right digests of its own, and leave its signatures."""
+    update = {"description": "not what was signed"}
+    Organ(organ.manifest.model_copy(update=update), organ.tensors).save(path, overwrite=True)
+
+
+@pytest.mark.parametrize("curve", [ec.SECP256R1, ec.SECP384R1, ec.SECP521R1])
+def test_a_key_signs_and_its_public_key_verifies(organ_file: Path, tmp_path: Path, curve: Any) -> None:
+    keys = make_keys(tmp_path, "curve", curve())
+    signed = sign(organ_file, key=keys.private)
+    assert signed.path == f"{organ_file}.sig" and signed.signers == [signed.signer]
+    found = check(organ_file, Signer(key=keys.public))
+    assert found.passed and found.trusted and [each.holds for each in found.signatures] == [True]
+
+
+def test_the_file_of_one_signature_is_a_bundle_of_the_library(organ_file: Path, keys: Keys) -> None:
+    from model_signing import signing, verifying
+
+    sign(organ_file, key=keys.private)
+    verifying.Config().use_elliptic_key_verifier(public_key=keys.public).verify(organ_file, f"{organ_file}.sig")
+    signing.Config().use_elliptic_key_signer(private_key=keys.private).sign(organ_file, f"{organ_file}.sig")
+    assert check(organ_file, Signer(key=keys.public)).passed
+
+
+def test_several_signers_sign_one_organ(organ_file: Path, keys: Keys, other: Keys, authority: Authority) -> None:
+    member, certificate = make_member(organ_file.parent, authority, "radiology")
+    sign(organ_file, key=keys.private)
+    sign(organ_file, key=member.private, certificate=certificate)
+    signed = sign(organ_file, key=other.private)
+    assert len(signed.signers) == 3 and len(signature_path(organ_file).read_text().splitlines()) == 3
+    by_certificate = Signer(certificate=authority.certificate, subject="radiology@example.org")
+    found = check(organ_file, Signer(key=other.public), by_certificate, Signer(key=keys.public))
+    assert found.passed and all(each.holds for each in found.signatures)
+
+
+def test_signing_again_takes_the_place_of_the_signature_before(organ_file: Path, keys: Keys, other: Keys) -> None:
+    sign(organ_file, key=keys.private)
+    sign(organ_file, key=other.private)
+    assert len(sign(organ_file, key=keys.private).signers) == 2
+
+
+def test_a_key_with_a_password(organ_file: Path, tmp_path: Path) -> None:
+    keys = make_keys(tmp_path, "locked", password="open sesame")
+    with pytest.raises(TrustError, match="has a password; set NEUROGRAFT_KEY_PASSWORD"):
+        sign(organ_file, key=keys.private)
+    with pytest.raises(TrustError, match="its password is another one"):
+        sign(organ_file, key=keys.private, password="wrong")
+    sign(organ_file, key=keys.private, password="open sesame")
+    assert check(organ_file, Signer(key=keys.public)).passed
+
+
+def test_a_signature_by_another_key(organ_file: Path, keys: Keys, other: Keys) -> None:
+    sign(organ_file, key=keys.private)
+    found = check(organ_file, Signer(key=other.public))
+    assert not found.passed and found.trusted is False
+    assert found.refusal is not None and f"is not signed by the key {other.public}; it is signed by key" in found.refusal
+
+
+def test_a_forged_signature(organ_file: Path, keys: Keys, other: Keys) -> None:
+    """One key's signature that says that it is another's."""
+    sign(organ_file, key=other.private)
+    forged = json.loads(signature_path(organ_file).read_text())
+    sign(organ_file, key=keys.private, overwrite=True)
+    honest = json.loads(signature_path(organ_file).read_text())
+    forged["verificationMaterial"] = honest["verificationMaterial"]
+    signature_path(organ_file).write_text(json.dumps(forged))
+    found = check(organ_file, Signer(key=keys.public))
+    assert not found.passed and "says that it is from" in str(found.refusal) and "and is not" in str(found.refusal)
+
+
+def test_an_altered_organ_that_is_whole_in_itself(organ_file: Path, organ: Organ, keys: Keys, other: Keys) -> None:
+    sign(organ_file, key=keys.private)
+    alter(organ_file, organ)
+    found = check(organ_file, Signer(key=keys.public))
+    assert not found.passed and "was altered after the key" in str(found.refusal)
+    with pytest.raises(TrustError, match="of other bytes than .* pass --overwrite"):
+        sign(organ_file, key=other.private)
+    assert len(sign(organ_file, key=keys.private, overwrite=True).signers) == 1
+    assert check(organ_file, Signer(key=keys.public)).passed
+
+
+def test_an_altered_byte(organ_file: Path, keys: Keys) -> None:
+    sign(organ_file, key=keys.private)
+    content = bytearray(organ_file.read_bytes())
+    content[-1] ^= 1
+    organ_file.write_bytes(content)
+    with pytest.raises(OrganFileError, match="altered or damaged"):
+        check(organ_file, Signer(key=keys.public))
+
+
+def test_no_signature(organ_file: Path, keys: Keys) -> None:
+    found = check(organ_file, Signer(key=keys.public))
+    assert not found.passed and "is not signed: there is no organ.safetensors.sig" in str(found.refusal)
+    with pytest.raises(UsageError, match="nothing says whose signature"):
+        verify(organ_file)
+
+
+def test_certificates_that_expired(organ_file: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    member, certificate = make_member(organ_file.parent, authority, "radiology", days=(-90, -1))
+    with pytest.raises(TrustError, match="radiology@example.org expired on .*, so nothing can be signed with it"):
+        sign(organ_file, key=member.private, certificate=certificate)
+    monkeypatch.setattr("neurograft.trust.signing.refuse_outside_validity", lambda *_: None)  # signed while it was valid
+    sign(organ_file, key=member.private, certificate=certificate)
+    signer = Signer(certificate=authority.certificate, subject="radiology")
+    found = check(organ_file, signer)
+    assert not found.passed and "ask for a signature with a new one" in str(found.refusal)
+
+
+def test_certificates_that_are_not_valid_yet(organ_file: Path, authority: Authority) -> None:
+    member, certificate = make_member(organ_file.parent, authority, "radiology", days=(5, 10))
+    with pytest.raises(TrustError, match=r"is valid from .* on; look at this machine's clock"):
+        sign(organ_file, key=member.private, certificate=certificate)
+
+
+def test_certificates_of_others(organ_file: Path, tmp_path: Path, authority: Authority) -> None:
+    impostor = make_authority(tmp_path, "Impostor")
+    member, certificate = make_member(tmp_path, impostor, "radiology")
+    sign(organ_file, key=member.private, certificate=certificate)
+    found = check(organ_file, Signer(certificate=authority.certificate, subject="radiology"))
+    assert not found.passed and "says that it is from radiology and is not" in str(found.refusal)
+    found = check(organ_file, Signer(certificate=impostor.certificate, subject="cardiology"))
+    assert not found.passed and "is not signed by cardiology" in str(found.refusal)
+
+
+def test_a_certificate_for_something_else(organ_file: Path, authority: Authority) -> None:
+    member, certificate = make_member(organ_file.parent, authority, "server", signs=False)
+    sign(organ_file, key=member.private, certificate=certificate)
+    found = check(organ_file, Signer(certificate=authority.certificate, subject="server"))
+    assert not found.passed and "cannot be used for signing" in str(found.refusal)
+
+
+def test_a_certificate_of_another_key(organ_file: Path, keys: Keys, authority: Authority) -> None:
+    _, certificate = make_member(organ_file.parent, authority, "radiology")
+    with pytest.raises(TrustError, match="is not the certificate of the key"):
+        sign(organ_file, key=keys.private, certificate=certificate)
+
+
+def test_keys_that_can_not_sign(organ_file: Path, keys: Keys, tmp_path: Path) -> None:
+    wrong = make_keys(tmp_path, "wrong", ec.SECP256K1())
+    with pytest.raises(TrustError, match="is not on one of the curves secp256r1"):
+        sign(organ_file, key=wrong.private)
+    with pytest.raises(TrustError, match="is no private key in PEM"):
+        sign(organ_file, key=keys.public)
+    with pytest.raises(TrustError, match=r"none.pem can't be read: No such file"):
+        sign(organ_file, key=tmp_path / "none.pem")
+    with pytest.raises(TrustError, match="is no public key in PEM"):
+        sign(organ_file, key=keys.private)
+        check(organ_file, Signer(key=keys.private))
+    with pytest.raises(TrustError, match="is not on one of the curves"):
+        check(organ_file, Signer(key=wrong.public))
+
+
+def test_arguments_that_contradict_each_other(organ_file: Path, keys: Keys) -> None:
+    with pytest.raises(UsageError, match="belong to a key"):
+        sign(organ_file, certificate=keys.public)
+    with pytest.raises(UsageError, match="a chain of certificates ends"):
+        sign(organ_file, key=keys.private, chain=[keys.public])
+    with pytest.raises(UsageError, match="which needs no key"):
+        sign(organ_file, key=keys.private, identity_token="x")
+    with pytest.raises(UsageError, match="a recipient and text are for measuring claims"):
+        verify(organ_file, recipient="model")
+    with pytest.raises(ValueError, match="and this one has key, subject"):
+        Signer(key=keys.public, subject="radiology")
+    with pytest.raises(ValueError, match="and this one has certificate"):
+        Signer(certificate=keys.public)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "holds 0 signatures"),
+        ("{}\n", "line 1 of .* is no signature of one organ file"),
+        ("[" * 100_000, "is no signature"),
+        ("not JSON", "is no signature"),
+        ("{}\n" * 65, "holds 65 signatures"),
+        (" " * (LARGEST_FILE + 1), "too large"),
+    ],
+    ids=["empty", "object", "deep", "text", "many", "large"],
+)
+def test_files_that_hold_no_signatures(organ_file: Path, keys: Keys, content: str, said: str) -> None:
+    signature_path(organ_file).write_text(content)
+    with pytest.raises(TrustError, match=said):
+        check(organ_file, Signer(key=keys.public))
+
+
+def test_a_signature_over_something_else_than_the_whole_file(organ_file: Path, keys: Keys) -> None:
+    from model_signing import hashing, signing
+
+    config = signing.Config().use_elliptic_key_signer(private_key=keys.private)
+    config.set_hashing_config(hashing.Config().use_file_serialization(hashing_algorithm="blake3"))
+    config.sign(organ_file, signature_path(organ_file))
+    with pytest.raises(TrustError, match="not SHA-256 of the whole file"):
+        read_signatures(organ_file)
+
+
+def test_an_organ_in_a_bank_is_not_signed_there(organ_file: Path, keys: Keys, tmp_path: Path) -> None:
+    neurograft.push(organ_file, tmp_path / "bank")
+    with pytest.raises(UsageError, match="pull it, sign the file, and push both"):
+        sign(f"{tmp_path}/bank:tiny", key=keys.private)
+
+
+def test_sigstore_needs_a_network(organ_file: Path, keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(*_: Any, **__: Any) -> Any:
+        raise socket.gaierror("no network here")
+
+    monkeypatch.setenv("HOME", str(organ_file.parent))  # where Sigstore caches what it trusts
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    with pytest.raises(NeurograftError, match="Sigstore can't be used here .* keys and certificates do not"):
+        sign(organ_file)
+    assert not signature_path(organ_file).exists()
+
+
+def test_the_extra_is_missing(organ_file: Path, keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "model_signing.signing", None)
+    with pytest.raises(NeurograftError, match=r"install it with: pip install 'neurograft\[trust\]'"):
+        sign(organ_file, key=keys.private)
+    with pytest.raises(NeurograftError, match=r"neurograft\[trust\]"):
+        check(organ_file, Signer(key=keys.public))
