@@ -35,6 +35,11 @@ if TYPE_CHECKING:
     from neurograft.training.comparison import compare as compare
     from neurograft.training.protocols import train as train
     from neurograft.transplantation import transplant as transplant
+    from neurograft.trust.describing import card as card
+    from neurograft.trust.provenance import provenance as provenance
+    from neurograft.trust.signers import Signer as Signer
+    from neurograft.trust.signing import sign as sign
+    from neurograft.trust.verifying import verify as verify
 
     inspect = read_manifest
     list = list_organs
@@ -42,8 +47,10 @@ if TYPE_CHECKING:
 # Loaded at first use: torch and transformers take seconds to import, and `neurograft --help` must not.
 _HOMES = {
     "Organ": "organ:Organ",
+    "Signer": "trust.signers:Signer",
     "attach": "surgery:attach",
     "cache": "caching:cache",
+    "card": "trust.describing:card",
     "check": "compat:check",
     "compare": "training.comparison:compare",
     "compose": "composition:compose",
@@ -56,15 +63,18 @@ _HOMES = {
     "list": "bank.cataloguing:list_organs",
     "merge": "merging:merge",
     "plan": "placement.proposal:plan",
+    "provenance": "trust.provenance:provenance",
     "pull": "bank.moving:pull",
     "push": "bank.moving:push",
     "recover": "recovery:recover",
     "remove": "removal:remove",
     "report": "reporting.writing:report",
     "scan": "placement.scan:scan",
+    "sign": "trust.signing:sign",
     "tag": "bank.cataloguing:tag",
     "train": "training.protocols:train",
     "transplant": "transplantation:transplant",
+    "verify": "trust.verifying:verify",
     "versions": "bank.cataloguing:versions",
     "yank": "bank.cataloguing:yank",
 }

@@ -87,7 +87,8 @@ class _Explanted:
             OrganFileError: One is missing, altered, or lacks a layer.
         """
         wanted = [layer.source for layer in layers if isinstance(layer.source, ExplantLayer)]
-        organs = {path: open_organ(folder / path, for_use=False) for path in dict.fromkeys(source.path for source in wanted)}
+        paths = dict.fromkeys(source.path for source in wanted)
+        organs = {path: open_organ(folder / path, for_use=False) for path in paths}  # the model's own, unsigned
         opened = cls({}, {}, [])
         for number, source in enumerate(wanted):
             organ = organs[source.path]

@@ -68,7 +68,14 @@ def make_member(
 
 
 def _certificate(
-    name: str, issuer: str, public: Any, key: Any, *, days: tuple[int, int], is_authority: bool = False, signs: bool = True
+    name: str,
+    issuer: str,
+    public: Any,
+    key: Any,
+    *,
+    days: tuple[int, int],
+    is_authority: bool = False,
+    signs: bool = True,
 ) -> x509.Certificate:
     def named(text: str) -> x509.Name:
         return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, text)])

@@ -98,7 +98,9 @@ def test_a_signature_by_another_key(organ_file: Path, keys: Keys, other: Keys) -
     sign(organ_file, key=keys.private)
     found = check(organ_file, Signer(key=other.public))
     assert not found.passed and found.trusted is False
-    assert found.refusal is not None and f"is not signed by the key {other.public}; it is signed by key" in found.refusal
+    assert (
+        found.refusal is not None and f"is not signed by the key {other.public}; it is signed by key" in found.refusal
+    )
 
 
 def test_a_forged_signature(organ_file: Path, keys: Keys, other: Keys) -> None:
@@ -118,7 +120,7 @@ def test_an_altered_organ_that_is_whole_in_itself(organ_file: Path, organ: Organ
     alter(organ_file, organ)
     found = check(organ_file, Signer(key=keys.public))
     assert not found.passed and "was altered after the key" in str(found.refusal)
-    with pytest.raises(TrustError, match="of other bytes than .* pass --overwrite"):
+    with pytest.raises(TrustError, match=r"of other bytes than .* pass --overwrite"):
         sign(organ_file, key=other.private)
     assert len(sign(organ_file, key=keys.private, overwrite=True).signers) == 1
     assert check(organ_file, Signer(key=keys.public)).passed
@@ -142,9 +144,11 @@ def test_no_signature(organ_file: Path, keys: Keys) -> None:
 
 def test_certificates_that_expired(organ_file: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
     member, certificate = make_member(organ_file.parent, authority, "radiology", days=(-90, -1))
-    with pytest.raises(TrustError, match="radiology@example.org expired on .*, so nothing can be signed with it"):
+    with pytest.raises(TrustError, match=r"radiology@example.org expired on .*, so nothing can be signed with it"):
         sign(organ_file, key=member.private, certificate=certificate)
-    monkeypatch.setattr("neurograft.trust.signing.refuse_outside_validity", lambda *_: None)  # signed while it was valid
+    monkeypatch.setattr(
+        "neurograft.trust.signing.refuse_outside_validity", lambda *_: None
+    )  # signed while it was valid
     sign(organ_file, key=member.private, certificate=certificate)
     signer = Signer(certificate=authority.certificate, subject="radiology")
     found = check(organ_file, signer)
@@ -250,7 +254,7 @@ def test_sigstore_needs_a_network(organ_file: Path, keys: Keys, monkeypatch: pyt
 
     monkeypatch.setenv("HOME", str(organ_file.parent))  # where Sigstore caches what it trusts
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
-    with pytest.raises(NeurograftError, match="Sigstore can't be used here .* keys and certificates do not"):
+    with pytest.raises(NeurograftError, match=r"Sigstore can't be used here .* keys and certificates do not"):
         sign(organ_file)
     assert not signature_path(organ_file).exists()
 

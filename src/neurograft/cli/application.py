@@ -150,11 +150,30 @@ def _show_version(value: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
+    trust: Annotated[
+        str | None,
+        typer.Option(
+            "--trust",
+            metavar="FILE",
+            help="The trust.toml that says whose organs may be used [default: NEUROGRAFT_TRUST, else "
+            "neurograft/trust.toml in the user's folder of configuration].",
+        ),
+    ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    pass
+    if trust is not None:  # the processes that a command starts are to heed it too
+        before = os.environ.get("NEUROGRAFT_TRUST")
+        os.environ["NEUROGRAFT_TRUST"] = os.path.abspath(trust)
+        context.call_on_close(lambda: _set_back(before))
+
+
+def _set_back(trust: str | None) -> None:
+    os.environ.pop("NEUROGRAFT_TRUST")
+    if trust is not None:
+        os.environ["NEUROGRAFT_TRUST"] = trust
 
 
 def _terminate(_signal: int, _frame: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from neurograft.errors import UsageError
-from neurograft.evaluation import DataSetResult, evaluate
+from neurograft.evaluation import DataSetResult, EvaluationReport, evaluate
 from neurograft.manifest import Manifest, ScanPoint
 
 log = logging.getLogger("neurograft")
@@ -48,8 +48,8 @@ class ClaimsReport(_Part):
     position: int
     tolerance: float
     claims: list[Claim]
-    data: dict[str, DataSetResult]
-    """What was measured: `domain` and, if there was such text, `general`."""
+    evaluation: EvaluationReport
+    """What was measured on `domain` and, if there was such text, on `general`."""
     holds: bool
     """Whether every claim that was measured holds."""
 
@@ -143,7 +143,7 @@ def measure_claims(
         position=fit.position,
         tolerance=tolerance,
         claims=judged,
-        data=report.data,
+        evaluation=report,
         holds=all(claim.verdict in ("holds", "not measured") for claim in judged),
     )
 

@@ -120,7 +120,8 @@ def read_policy(path: Path) -> Policy:
 
 
 def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
+    # an unknown key is why another one seems to be missing
+    first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
     place = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
         return f"the key {place} is not known; known are {', '.join(_known(first['loc']))}"
