@@ -139,3 +139,15 @@ def test_the_card_is_what_the_hub_knows(organ: Organ, license: str | None, expec
 
 def test_a_folder_is_no_base_model(organ: Organ) -> None:
     assert "base_model" not in model_card(organ.manifest, "hf://clinic/tiny@1.0.0").split("---\n")[1]
+
+
+def test_signatures_lie_on_main_and_may_grow(hub: WritableHub, organ: Organ, tmp_path: Path) -> None:
+    file = _save(organ, tmp_path, "1.0.0")
+    neurograft.push(file, BANK)
+    store = HubStore("hf://clinic")
+    entry = store.entry("tiny", "1.0.0")
+    assert store.signatures(entry) is None
+    for text in ("{}\n", "{}\n[]\n"):
+        store.set_signatures(entry, text)
+        assert store.signatures(entry) == text
+    assert list(store.versions("tiny")) == ["1.0.0"] and store.tags("tiny") == {}

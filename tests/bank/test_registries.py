@@ -214,3 +214,16 @@ def test_an_artifact_that_is_no_organ(registry: str, organ: Organ, tmp_path: Pat
         neurograft.pull(f"oci://{registry}/image:1.0.0")
     with pytest.raises(BankError, match="does not do this"):
         store._ask("PUT", f"{store._repository('image')}/manifests/2.0.0", data=b"nonsense")
+
+
+@needs_registry
+def test_signatures_have_a_tag_of_their_own_and_may_grow(registry: str, organ: Organ, tmp_path: Path) -> None:
+    file = _save(organ, tmp_path, "1.0.0+site")
+    neurograft.push(file, f"oci://{registry}/organs/")
+    store = RegistryStore(f"oci://{registry}/organs")
+    entry = store.entry("tiny", "1.0.0+site")
+    assert store.signatures(entry) is None
+    for text in ("{}\n", "{}\n[]\n"):
+        store.set_signatures(entry, text)
+        assert store.signatures(entry) == text
+    assert store.versions("tiny") == {"1.0.0+site": None} and store.tags("tiny") == {}

@@ -2,6 +2,7 @@
 
 `<root>/<name>/versions/<version>.json` says what a version is; written last, it makes the version be there.
 `<root>/<name>/files/<sha256>.safetensors` is an organ file, under the digest of its bytes.
+`<root>/<name>/signatures/<sha256>.sig` is its signatures, as JSON Lines; the only one that may be written again.
 `<root>/<name>/tags/<tag>.json` is `{"version": ...}`, `<root>/<name>/yanked/<version>.json` is `{"reason": ...}`.
 """
 
@@ -18,6 +19,7 @@ from typing import Any
 from filelock import FileLock
 
 from neurograft.bank.entries import Entry, parse_entry
+from neurograft.bank.signatures import decode, refuse_large
 from neurograft.bank.stores import explaining
 from neurograft.bank.versions import is_version
 from neurograft.errors import (
@@ -33,7 +35,7 @@ from neurograft.files import CHUNK_BYTES, atomic_file, explained_os_errors, file
 
 log = logging.getLogger("neurograft")
 
-_VERSIONS, _FILES, _TAGS, _YANKED = "versions", "files", "tags", "yanked"
+_VERSIONS, _FILES, _SIGNATURES, _TAGS, _YANKED = "versions", "files", "signatures", "tags", "yanked"
 # Libraries below fsspec have errors of their own, which are told by name so that none of them need be installed.
 _NO_ACCESS = ("NoCredentialsError", "AuthenticationException", "ClientAuthenticationError", "LoginError")
 _NO_NETWORK = ("EndpointConnectionError", "ClientConnectorError", "ConnectTimeoutError", "ServerDisconnectedError")
@@ -112,6 +114,20 @@ class FolderStore:
         if self.entry(entry.name, entry.version).sha256 != entry.sha256:
             raise VersionExistsError(f"{place} was written by someone else at the same time, with other bytes.")
 
+    def signatures(self, entry: Entry) -> str | None:
+        """See `Store`."""
+        place = self._signed(entry)
+        with explaining(self._explain):
+            if not self.fs.exists(place):
+                return None
+            refuse_large(self.fs.size(place), place)
+            return decode(self.fs.cat_file(place), place)
+
+    def set_signatures(self, entry: Entry, text: str) -> None:
+        """See `Store`."""
+        with explaining(self._explain), self._locked(entry.name):
+            self._write(self._signed(entry), text)
+
     def set_tag(self, name: str, tag: str, version: str) -> None:
         """See `Store`."""
         with explaining(self._explain), self._locked(name):
@@ -131,6 +147,9 @@ class FolderStore:
 
     def _file(self, entry: Entry) -> str:
         return f"{self.path}/{entry.name}/{_FILES}/{entry.sha256}.safetensors"
+
+    def _signed(self, entry: Entry) -> str:
+        return f"{self.path}/{entry.name}/{_SIGNATURES}/{entry.sha256}.sig"
 
     def _stems(self, name: str, kind: str) -> list[str]:
         folder = f"{self.path}/{name}/{kind}"

@@ -1,7 +1,8 @@
 """A bank on the Hugging Face Hub: one repository for each organ, one git tag for each version.
 
 A revision holds the organ file, `neurograft-entry.json`, which says what it is, and a generated model card. What was
-yanked stands in `neurograft-yanked.json` on the branch `main`.
+yanked stands in `neurograft-yanked.json` on the branch `main`. Signatures are there as well, in
+`neurograft-VERSION.sig`, since these may be added to and a revision may not.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from neurograft.bank.card import model_card
 from neurograft.bank.entries import Entry, parse_entry
+from neurograft.bank.signatures import gather
 from neurograft.bank.stores import explaining
 from neurograft.bank.versions import is_version
 from neurograft.errors import (
@@ -93,6 +95,22 @@ class HubStore:
         except HfHubHTTPError as error:
             if error.response.status_code not in _CONFLICTS:
                 raise
+
+    def signatures(self, entry: Entry) -> str | None:
+        """See `Store`."""
+        place = f"neurograft-{entry.version}.sig"
+        try:
+            return gather(self._stream(entry.name, "main", place), f"{place} of {self._id(entry.name)}")
+        except NotInBankError:
+            return None
+
+    def set_signatures(self, entry: Entry, text: str) -> None:
+        """See `Store`."""
+        from huggingface_hub import CommitOperationAdd
+
+        with explaining(self._explain):
+            operation = CommitOperationAdd(f"neurograft-{entry.version}.sig", text.encode())
+            self.api.create_commit(self._id(entry.name), [operation], commit_message=f"Sign {entry.version}")
 
     def set_tag(self, name: str, tag: str, version: str) -> None:
         """See `Store`."""

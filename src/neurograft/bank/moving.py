@@ -9,15 +9,19 @@ from neurograft.bank.downloads import copy_out, fetch
 from neurograft.bank.entries import Entry, Pulled, Pushed
 from neurograft.bank.references import Reference, check_tag, parse, parse_organ, with_name
 from neurograft.bank.resolving import find
+from neurograft.bank.signatures import pull_signatures, push_signatures
 from neurograft.bank.stores import open_store
 from neurograft.bank.versions import is_version, parse_version
 from neurograft.errors import UsageError, VersionExistsError
-from neurograft.files import atomic_file, file_sha256
+from neurograft.files import atomic_file, check_output_file, file_sha256
 from neurograft.organ import check_organ_output, now, organ_path, read_manifest
+from neurograft.trust.signature_files import signature_path
 
 
 def push(organ: str | Path, target: str | Path, *, tags: Sequence[str] = ()) -> Pushed:
     """Put an organ file into a bank, as the version that its manifest gives. Versions never change.
+
+    The signatures beside the file go with it; pushed again, new ones join those that are there.
 
     Args:
         organ: An organ file, or a reference to one in another bank.
@@ -29,6 +33,7 @@ def push(organ: str | Path, target: str | Path, *, tags: Sequence[str] = ()) -> 
         OrganFileError: The file is no organ, or was altered.
         UsageError: The target or a tag is not written as it should be, or the organ's version is not semantic.
         VersionExistsError: The bank has this version with other bytes.
+        TrustError: The signatures beside it are of other bytes.
         BankError: The bank can't be reached, or refuses.
     """
     path, reference = organ_path(organ), parse(target)
@@ -54,6 +59,7 @@ def push(organ: str | Path, target: str | Path, *, tags: Sequence[str] = ()) -> 
             f"{reference.root}:{name} has version {version} with other bytes (SHA-256 {known.sha256[:12]}..., the file "
             f"has {entry.sha256[:12]}...), and versions never change; give the organ a new version."
         )
+    push_signatures(store, known, path)
     for tag in wanted:
         store.set_tag(name, tag, version)
     return Pushed(bank=reference.root, entry=known, already_there=there, tags=wanted)
@@ -78,6 +84,8 @@ def pull(
 ) -> Pulled:
     """Take an organ file out of a bank; it gets its name once its digest is right. An interrupted pull goes on.
 
+    The signatures that the bank has of it come beside it, as `<output>.sig`.
+
     Args:
         reference: `BANK:NAME@VERSION`, `hf://org/repo@VERSION`, `oci://registry/name:VERSION`; the version may be the
             beginning of one, or a tag; left out, the newest release.
@@ -99,8 +107,10 @@ def pull(
     store, entry, yanked = find(wanted, allow_yanked=allow_yanked)
     path = Path(f"{entry.name}-{entry.version}.safetensors" if output is None else output)
     check_organ_output(path, overwrite=overwrite)
+    check_output_file(signature_path(path), overwrite=overwrite)
     cached = fetch(store, entry)
     read_manifest(cached)  # what is in a bank may be no organ
     with atomic_file(path, overwrite=overwrite) as temporary:
         copy_out(cached, temporary, entry)
+    pull_signatures(store, entry, path)
     return Pulled(bank=wanted.root, entry=entry, path=str(path), yanked=yanked)

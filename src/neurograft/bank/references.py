@@ -14,8 +14,8 @@ _IN_FOLDER = re.compile(rf"(?P<root>.+):(?P<name>{_NAME})(@(?P<selector>{_SELECT
 # https://github.com/opencontainers/distribution-spec: the last component of a repository's name
 _REPOSITORY = re.compile(r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*")
 _TAG = re.compile(r"[A-Za-z_][A-Za-z0-9._-]{0,63}")
-# A marker of the registry's own: see `registries`.
-RESERVED_TAG = re.compile(r"yanked-\d.*")
+# Markers of the registry's own: see `registries`.
+RESERVED_TAG = re.compile(r"(yanked|signed)-\d.*")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 A version is an artifact as the CNCF ModelPack has it (https://github.com/modelpack/model-spec): the organ file as raw
 weights, a model configuration, and the organ's manifest as annotations. What is yanked has a small artifact beside it,
-tagged `yanked-VERSION`, since who may push to a registry can often delete nothing.
+tagged `yanked-VERSION`, since who may push to a registry can often delete nothing. What is signed has one tagged
+`signed-VERSION`, which holds the signatures.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from urllib.parse import urljoin, urlsplit
 
 from neurograft.bank.entries import Entry, parse_entry
 from neurograft.bank.references import RESERVED_TAG
+from neurograft.bank.signatures import gather
 from neurograft.bank.stores import explaining
 from neurograft.bank.versions import is_version
 from neurograft.errors import (
@@ -39,6 +41,7 @@ MODEL, CONFIG, WEIGHTS = (
 )
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 _YANK, _EMPTY = "application/vnd.neurograft.yank.v1+json", "application/vnd.oci.empty.v1+json"
+_SIGNATURES, _LINES = "application/vnd.neurograft.signatures.v1+json", "application/jsonl"
 _ORGAN_NOTE, _YANK_NOTE = "org.neurograft.manifest", "org.neurograft.yanked"
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _TIMEOUT_SECONDS = 60
@@ -66,7 +69,7 @@ class RegistryStore:
     def versions(self, name: str) -> dict[str, str | None]:
         """See `Store`."""
         tags = self._tags(name)
-        yanked = {tag.removeprefix("yanked-"): tag for tag in tags if RESERVED_TAG.fullmatch(tag)}
+        yanked = {tag.removeprefix("yanked-"): tag for tag in tags if tag.startswith("yanked-")}
         return {_version(tag): self._reason(name, yanked.get(tag)) for tag in tags if is_version(_version(tag))}
 
     def tags(self, name: str) -> dict[str, str]:
@@ -117,6 +120,41 @@ class RegistryStore:
             "annotations": _annotations(entry),
         }
         self._put(entry.name, _tag(entry.version), document)
+
+    def signatures(self, entry: Entry) -> str | None:
+        """See `Store`."""
+        tag = f"signed-{_tag(entry.version)}"
+        where = f"{self.root}/{entry.name}:{tag}"
+        try:
+            manifest, _ = self._manifest(entry.name, tag)
+        except NotInBankError:
+            return None
+        try:
+            digest = str(manifest["layers"][0]["digest"]).removeprefix("sha256:")
+        except (KeyError, IndexError, TypeError) as error:
+            raise BankDigestError(
+                f"the artifact {where} holds no signatures, or was altered: it lacks {error}."
+            ) from error
+        url = f"{self._repository(entry.name)}/blobs/sha256:{digest}"
+        with explaining(self._explain), self._ask("GET", url, stream=True) as response:
+            text = gather(response.iter_content(CHUNK_BYTES), where)
+        if hashlib.sha256(text.encode()).hexdigest() != digest:
+            raise BankDigestError(
+                f"the signatures in {where} do not have the digest that they should; push them again."
+            )
+        return text
+
+    def set_signatures(self, entry: Entry, text: str) -> None:
+        """See `Store`."""
+        self._send_blob(entry.name, b"{}")
+        self._send_blob(entry.name, text.encode())
+        document = {
+            "artifactType": _SIGNATURES,
+            "config": _described(_EMPTY, b"{}"),
+            "layers": [_described(_LINES, text.encode())],
+            "subject": _described(MANIFEST, self._manifest(entry.name, _tag(entry.version))[1]),
+        }
+        self._put(entry.name, f"signed-{_tag(entry.version)}", document)
 
     def set_tag(self, name: str, tag: str, version: str) -> None:
         """See `Store`."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from neurograft.bank.downloads import fetch
 from neurograft.bank.entries import Entry
 from neurograft.bank.references import Reference, parse_organ
+from neurograft.bank.signatures import pull_signatures
 from neurograft.bank.stores import Store, open_store
 from neurograft.bank.versions import choose
 
@@ -30,8 +31,12 @@ def find(reference: Reference, *, allow_yanked: bool = False) -> tuple[Store, En
 def download_organ(reference: str) -> Path:
     """Return the path of the organ file that a reference names, downloaded into the cache if it is not there.
 
+    The signatures that the bank has of it lie beside it.
+
     Raises:
         BankError, UsageError: See `find`.
     """
     store, entry, _ = find(parse_organ(reference))
-    return fetch(store, entry)
+    path = fetch(store, entry)
+    pull_signatures(store, entry, path)
+    return path

@@ -34,6 +34,12 @@ class Store(Protocol):
     def add(self, entry: Entry, file: Path) -> None:
         """Add a version; one that another process added meanwhile, with other bytes, is refused."""
 
+    def signatures(self, entry: Entry) -> str | None:
+        """Return the signatures of a version, as they lie beside an organ file; `None` if there are none."""
+
+    def set_signatures(self, entry: Entry, text: str) -> None:
+        """Keep the signatures of a version, in place of those that were kept; they may grow, and bind nobody here."""
+
     def set_tag(self, name: str, tag: str, version: str) -> None:
         """Let a tag stand for a version, whatever it stood for before."""
 

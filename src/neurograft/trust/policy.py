@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from neurograft.errors import TrustError
 from neurograft.manifest import Manifest
-from neurograft.trust.signature_files import read_signatures, signature_path
-from neurograft.trust.signers import Examined, OrganBytes, Signer, examine, require_library
+from neurograft.trust.signature_files import read_signatures, require_library, signature_path
+from neurograft.trust.signers import Examined, OrganBytes, Signer, examine
 
 VARIABLE = "NEUROGRAFT_TRUST"
 _LARGEST_POLICY = 1 << 20  # bytes

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from neurograft.errors import TrustError
+from neurograft.errors import NeurograftError, TrustError
 from neurograft.files import atomic_file
 
 if TYPE_CHECKING:
@@ -69,7 +69,9 @@ class Signature:
 
         Raises:
             TrustError: One can't be read.
+            NeurograftError: The extra is missing.
         """
+        require_library()
         from cryptography import x509
 
         try:
@@ -89,6 +91,22 @@ def names_of(certificate: Certificate) -> list[str]:
         names = []
     common = certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
     return list(dict.fromkeys([*names, *(str(attribute.value) for attribute in common)]))
+
+
+def require_library() -> None:
+    """Refuse where the extra is missing.
+
+    Raises:
+        NeurograftError: It is.
+    """
+    try:
+        import model_signing.signing
+        import model_signing.verifying  # noqa: F401
+    except ImportError as error:
+        raise NeurograftError(
+            f"signatures need model-signing, which can't be imported ({error}); install it with: pip install "
+            "'neurograft[trust]'"
+        ) from error
 
 
 def signature_path(organ: Path) -> Path:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from neurograft.errors import NeurograftError, TrustError
-from neurograft.trust.signature_files import Kind, Signature, names_of
+from neurograft.trust.signature_files import Kind, Signature, names_of, require_library
 
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate
@@ -59,22 +59,6 @@ class Signer(BaseModel):
         if self.key is not None:
             return f"the key {self.key}"
         return self.subject or f"{self.identity} ({self.issuer})"
-
-
-def require_library() -> None:
-    """Refuse where the extra is missing.
-
-    Raises:
-        NeurograftError: It is.
-    """
-    try:
-        import model_signing.signing
-        import model_signing.verifying  # noqa: F401
-    except ImportError as error:
-        raise NeurograftError(
-            f"signatures need model-signing, which can't be imported ({error}); install it with: pip install "
-            "'neurograft[trust]'"
-        ) from error
 
 
 class OrganBytes:

@@ -15,6 +15,7 @@ from neurograft.trust.signature_files import (
     Signature,
     parse_signature,
     read_signatures,
+    require_library,
     signature_path,
     write_signatures,
 )
@@ -24,7 +25,6 @@ from neurograft.trust.signers import (
     first_line,
     reaching_sigstore,
     refuse_outside_validity,
-    require_library,
 )
 
 

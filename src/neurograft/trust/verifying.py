@@ -13,8 +13,8 @@ from neurograft.manifest import Manifest
 from neurograft.organ import organ_path, read_manifest
 from neurograft.trust.claims import ClaimsReport, measure_claims
 from neurograft.trust.policy import judge, policy_path, read_policy
-from neurograft.trust.signature_files import read_signatures, signature_path
-from neurograft.trust.signers import Examined, OrganBytes, Signer, examine, require_library
+from neurograft.trust.signature_files import read_signatures, require_library, signature_path
+from neurograft.trust.signers import Examined, OrganBytes, Signer, examine
 
 
 class Verification(BaseModel):
