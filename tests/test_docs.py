@@ -46,7 +46,7 @@ def test_verbs_page_is_what_help_says() -> None:
 def test_every_verb_has_a_section() -> None:
     page = (ROOT / "docs" / "verbs.md").read_text(encoding="utf-8")
     plan, prove = "plan extract train inspect check compose merge scan", "evaluate compare report remove cache demo"
-    bank = "push pull list versions tag yank"
+    bank = "push pull list versions tag yank sign verify card"
     for verb in [*plan.split(), "transplant", "recover", *prove.split(), *bank.split()]:
         assert f"\n## {verb}\n" in page
 
@@ -206,7 +206,7 @@ def test_lock_pins_everything_that_pyproject_asks_for() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     pins, demo = _pins("requirements.lock"), _pins("requirements-demo.lock")
-    for text in [*project["dependencies"], *extras["dev"], *extras["docs"], *extras["compare"]]:
+    for text in [*project["dependencies"], *extras["dev"], *extras["docs"], *extras["compare"], *extras["trust"]]:
         requirement = Requirement(text)
         assert pins[canonicalize_name(requirement.name)] in requirement.specifier
     for text in extras["demo"]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def sign(
-    organ: OrganFile,
+    organ: Annotated[str, typer.Argument(metavar="ORGAN", help="An organ file (.safetensors).")],
     key: Annotated[
         Path | None,
         typer.Option(
