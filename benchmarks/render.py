@@ -14,6 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from neurograft.study import cross_domain_report
+from neurograft.study.results import CrossDomainReport
+
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "results.md"
 HEADER = """# Results
@@ -287,6 +290,19 @@ def phases_section(result: dict[str, Any]) -> str:
         f"## Phases, a teacher, a range test\n\nAn organ of layers {settings['layers']}, "
         f"{settings['tokens']:,} tokens, {settings['tokens_a_step']} a step, one seed, one thread.\n\n"
         + table(["way", "domain", "general", "seconds"], rows)
+    )
+
+
+def cross_domain_section(result: dict[str, Any]) -> str:
+    """Render the cross-domain study."""
+    report = CrossDomainReport.model_validate(result["report"])
+    return (
+        f"## Organs from another domain\n\n{cross_domain_report.conditions(report)} Organs: clinical definitions and "
+        "dictionary entries; target: the Python language reference.\n\n"
+        + table(*cross_domain_report.table(report))
+        + "\n"
+        + "\n\n".join(cross_domain_report.findings(report))
+        + "\n"
     )
 
 
@@ -600,6 +616,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "training_cost": training_cost_section,
     "protocols": protocols_section,
     "recovery": recovery_section,
+    "cross_domain": cross_domain_section,
     "plan": plan_section,
     "scan": scan_section,
     "disk": disk_section,
