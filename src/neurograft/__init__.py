@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from neurograft.recovery import recover as recover
     from neurograft.removal import remove as remove
     from neurograft.reporting.writing import report as report
+    from neurograft.study.cross_domain import study_cross_domain as study_cross_domain
     from neurograft.surgery import attach as attach
     from neurograft.surgery import detach as detach
     from neurograft.surgery import graft as graft
@@ -71,6 +72,7 @@ _HOMES = {
     "report": "reporting.writing:report",
     "scan": "placement.scan:scan",
     "sign": "trust.signing:sign",
+    "study_cross_domain": "study.cross_domain:study_cross_domain",
     "tag": "bank.cataloguing:tag",
     "train": "training.protocols:train",
     "transplant": "transplantation:transplant",
