@@ -249,8 +249,12 @@ def organ_path(organ: str | Path) -> Path:
     return download_organ(organ)
 
 
-def read_organ(path: str | Path) -> Organ:
+def read_organ(path: str | Path, *, for_use: bool = True) -> Organ:
     """Read an organ file into memory, trusting nothing: sizes, schema, digests and values are checked.
+
+    Args:
+        path: The file, or a reference to one in a bank.
+        for_use: See `open_organ`.
 
     Raises:
         TrustError: There is a `trust.toml`, and it does not let this organ be used; see `neurograft.trust.policy`.
@@ -261,7 +265,7 @@ def read_organ(path: str | Path) -> Organ:
     from safetensors.torch import load_file
 
     path = organ_path(path)
-    organ = open_organ(path)
+    organ = open_organ(path, for_use=for_use)
     try:
         return Organ(organ.manifest, load_file(path), organ.path)
     except (OSError, SafetensorError) as error:
@@ -275,7 +279,8 @@ def open_organ(path: str | Path, *, for_use: bool = True) -> Organ:
 
     Args:
         path: The file, or a reference to one in a bank.
-        for_use: Whether `trust.toml` must let it be used; not what is only looked at, or is the model's own explant.
+        for_use: Whether `trust.toml` must let it be used; not what is only looked at, nor what a verb
+            made for itself: a model's explants, the layers that a comparison trains.
 
     Raises:
         OrganFileError, TrustError: See `read_organ`.

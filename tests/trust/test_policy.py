@@ -20,6 +20,7 @@ from neurograft import organ as organs
 from neurograft.cli import app
 from neurograft.errors import NeurograftError, TrustError
 from neurograft.organ import Organ, read_manifest, read_organ
+from neurograft.training.baselines import METHODS, prepare
 from neurograft.trust.policy import VARIABLE, policy_path, read_policy
 from neurograft.trust.signature_files import signature_path
 from neurograft.trust.signing import sign
@@ -205,6 +206,13 @@ def test_what_this_process_made_is_its_own(donor: Path, recipient: Path, trust: 
     path = tmp_path / "own.safetensors"
     neurograft.extract(donor, layers=(1, 2), output=path)
     neurograft.check(path, recipient)
+
+
+def test_a_comparison_trains_layers_of_its_own(organ_file: Path, donor: Path, trust: Trust) -> None:
+    """Each of its runs is a process, which did not make the file that it starts from."""
+    trust(RULES)
+    settings, _ = METHODS["organ"].parse({})
+    assert prepare(load(donor), METHODS["organ"], settings, organ=organ_file).trainee.parameters
 
 
 def test_which_policy_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

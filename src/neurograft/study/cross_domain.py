@@ -291,9 +291,9 @@ class _Bench:
                     continue
                 log.info("training an organ on %s, seed %d", name, seed)
                 train(
-                    self.own_layers(), host=self.directory.path, data=data, output=path, name=name,
-                    trust_remote_code=self.trust, protocol="insert", at=self.place.position, max_tokens=tokens,
-                    evaluations=2, patience=3, seed=seed, **reading, **options,
+                    read_organ(self.own_layers(), for_use=False), host=self.directory.path, data=data, output=path,
+                    name=name, trust_remote_code=self.trust, protocol="insert", at=self.place.position,
+                    max_tokens=tokens, evaluations=2, patience=3, seed=seed, **reading, **options,
                 )  # fmt: skip
         return organs
 
@@ -313,7 +313,7 @@ class _Bench:
         """Return the file of layers that do nothing yet, to be inserted at the position."""
         path = self._file("untrained")
         if not path.is_file():
-            organ = as_identity(read_organ(self.own_layers()))
+            organ = as_identity(read_organ(self.own_layers(), for_use=False))
             where = {"recommended_mode": "insert", "recommended_position": self.place.position}
             Organ(organ.manifest.model_copy(update=where), organ.tensors).save(path)
         return path

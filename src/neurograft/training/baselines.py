@@ -217,7 +217,7 @@ def prepare(
         model: The model; it is changed.
         method: The method.
         settings: Its own settings.
-        organ: The organ file to start from, for methods that train an organ; identities for `insert`.
+        organ: The caller's own organ file to start from, for methods that train an organ; identities for `insert`.
         stored: The dtype that the model is stored in, in which a fully tuned one ships.
         rank: Train an organ by changes of this rank, see `TrainingOptions.rank`; an adapter's is in its settings.
         seed: Seed of the random start of an adapter or of low-rank changes.
@@ -231,7 +231,7 @@ def prepare(
     if method.protocol is None or organ is None:
         return _prepare_full(model, stored)
     part = settings.train if isinstance(settings, OrganSettings) else "all"
-    return _prepare_organ(model, read_organ(organ), method.protocol, rank, seed, part)
+    return _prepare_organ(model, read_organ(organ, for_use=False), method.protocol, rank, seed, part)
 
 
 def _prepare_adapter(model: Any, settings: AdapterSettings, *, dora: bool, seed: int) -> Prepared:
