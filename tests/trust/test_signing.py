@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import re
 import socket
 import sys
 from pathlib import Path
@@ -14,6 +16,8 @@ pytest.importorskip("model_signing.signing")
 
 from authorities import Authority, Keys, make_authority, make_keys, make_member
 from cryptography.hazmat.primitives.asymmetric import ec
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import neurograft
 from neurograft.errors import NeurograftError, OrganFileError, TrustError, UsageError
@@ -37,6 +41,17 @@ def other(tmp_path: Path) -> Keys:
 @pytest.fixture
 def authority(tmp_path: Path) -> Authority:
     return make_authority(tmp_path, "Example Hospitals")
+
+
+@pytest.fixture
+def signed_twice(organ_file: Path, keys: Keys, authority: Authority) -> tuple[list[Signer], list[str]]:
+    """Signers by key and by certificate, and their bundles."""
+    member, certificate = make_member(organ_file.parent, authority, "radiology")
+    sign(organ_file, key=keys.private)
+    by_key = signature_path(organ_file).read_text()
+    sign(organ_file, key=member.private, certificate=certificate, overwrite=True)
+    signers = [Signer(key=keys.public), Signer(certificate=authority.certificate, subject="radiology")]
+    return signers, [by_key, signature_path(organ_file).read_text()]
 
 
 def check(path: Path, *signers: Signer) -> Verification:
@@ -240,6 +255,40 @@ def test_a_signature_over_something_else_than_the_whole_file(organ_file: Path, k
     config.sign(organ_file, signature_path(organ_file))
     with pytest.raises(TrustError, match="not SHA-256 of the whole file"):
         read_signatures(organ_file)
+
+
+ALTERATIONS = st.lists(st.tuples(st.integers(0, 1 << 20), st.binary(max_size=3)), min_size=1, max_size=4)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(alterations=ALTERATIONS, by_certificate=st.booleans(), inside=st.booleans())
+def test_altered_signatures_end_in_one_sentence_or_do_not_matter(
+    organ_file: Path,
+    tmp_path: Path,
+    signed_twice: tuple[list[Signer], list[str]],
+    alterations: list[tuple[int, bytes]],
+    by_certificate: bool,
+    inside: bool,
+) -> None:
+    """Bytes are replaced in the text of a bundle, or in the certificate, payload or signature inside it."""
+    signers, bundles = signed_twice
+    content = bundles[by_certificate].encode()
+    parts = re.findall(rb'"(?:rawBytes|payload|sig)": ?"([^"]+)"', content) if inside else [content]
+    part = parts[alterations[0][0] % len(parts)]
+    altered = bytearray(base64.b64decode(part) if inside else part)
+    for place, replacement in alterations:
+        start = place % len(altered)
+        altered[start : start + len(replacement)] = replacement
+    whole = content.replace(part, base64.b64encode(altered) if inside else bytes(altered))
+    signature_path(organ_file).write_bytes(whole)
+    try:
+        found = check(organ_file, signers[by_certificate])
+    except TrustError as error:
+        assert "\n" not in str(error)
+        return
+    if found.passed:  # what was altered is in no part that is signed, such as a certificate that stands there twice
+        signed = json.loads(base64.b64decode(json.loads(whole)["dsseEnvelope"]["payload"]))
+        assert signed == json.loads(base64.b64decode(json.loads(content)["dsseEnvelope"]["payload"]))
 
 
 def test_an_organ_in_a_bank_is_not_signed_there(organ_file: Path, keys: Keys, tmp_path: Path) -> None:

@@ -81,15 +81,21 @@ class Signature:
 
 
 def names_of(certificate: Certificate) -> list[str]:
-    """Return what a certificate calls its owner: e-mail addresses, host names and URLs, then common names."""
+    """Return what a certificate calls its owner: e-mail addresses, host names and URLs, then common names.
+
+    A part that can't be read, which is only noticed here, names nobody.
+    """
     from cryptography import x509
 
     try:
         extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
         names = [str(value) for kind in _NAMES for value in extension.value.get_values_for_type(getattr(x509, kind))]
-    except (x509.ExtensionNotFound, ValueError):
+    except (x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType, ValueError):
         names = []
-    common = certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
+    try:
+        common = certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
+    except ValueError:
+        common = []
     return list(dict.fromkeys([*names, *(str(attribute.value) for attribute in common)]))
 
 
@@ -189,4 +195,7 @@ def _signer(material: dict[str, Any]) -> tuple[Kind, str | None, tuple[bytes, ..
 
 
 def _decoded(certificates: Iterable[dict[str, str]]) -> tuple[bytes, ...]:
-    return tuple(base64.b64decode(certificate["rawBytes"], validate=True) for certificate in certificates)
+    found = tuple(base64.b64decode(certificate["rawBytes"], validate=True) for certificate in certificates)
+    if not found:
+        raise ValueError("it has no certificate")
+    return found

@@ -184,9 +184,9 @@ def check_signature(organ: OrganBytes, signature: Signature, signer: Signer) -> 
             expired, is for something else, or descends from none that is trusted.
         NeurograftError: Sigstore can't be reached.
     """
-    if signer.certificate is not None:
-        _refuse_expired(signature, signer.certificate, str(signer))
     with _failing(organ.path, signer), tempfile.TemporaryDirectory() as folder:
+        if signer.certificate is not None:
+            _refuse_expired(signature, signer.certificate, str(signer))
         bundle = Path(folder) / "bundle"
         bundle.write_text(signature.text, encoding="utf-8")
         _verifier(signer).set_hashing_config(organ.hashing()).verify(organ.path, bundle)
