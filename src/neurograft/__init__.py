@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from neurograft.organ import read_manifest
     from neurograft.placement.proposal import plan as plan
     from neurograft.placement.scan import scan as scan
+    from neurograft.privacy.auditing import audit as audit
+    from neurograft.privacy.canaries import plant as plant
     from neurograft.recovery import recover as recover
     from neurograft.removal import remove as remove
     from neurograft.reporting.writing import report as report
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Organ": "organ:Organ",
     "attach": "surgery:attach",
+    "audit": "privacy.auditing:audit",
     "cache": "caching:cache",
     "check": "compat:check",
     "compare": "training.comparison:compare",
@@ -56,6 +59,7 @@ _HOMES = {
     "list": "bank.cataloguing:list_organs",
     "merge": "merging:merge",
     "plan": "placement.proposal:plan",
+    "plant": "privacy.canaries:plant",
     "pull": "bank.moving:pull",
     "push": "bank.moving:push",
     "recover": "recovery:recover",

@@ -342,7 +342,8 @@ def _trained_organ(
         "training": training,
         "training_history": organ.manifest.trainings,
         "evaluations": [evaluation],
-        "scans": [],  # they were of other weights
+        "scans": [],  # they and the audits were of other weights
+        "audits": [],
         "recommended_mode": mode,
         "recommended_position": first if options.protocol != "standalone" else organ.manifest.recommended_position,
         "probe": probe.to_manifest(answers, str(model.dtype).removeprefix("torch.")),
