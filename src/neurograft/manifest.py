@@ -222,8 +222,8 @@ class CanaryFigures(_Part):
     correct: Count
     """How many canaries were guessed to be included or not, and how many of these guesses were right."""
     epsilon: float
-    """The training was no more private than this, under adding or removing one record (arXiv 2305.08846, theorem
-    5.2); 0 says that nothing was shown."""
+    """The training was no more private than this, under adding or removing one record (arXiv 2305.08846,
+    appendix D); 0 says that nothing was shown."""
     delta: float
     confidence: float
 

@@ -192,7 +192,7 @@ def correct_guesses(scores: numpy.ndarray, included: numpy.ndarray, guesses: int
 def epsilon_bound(
     canaries: int, guesses: int, correct: int, *, delta: float = 0.0, confidence: float = CONFIDENCE
 ) -> float:
-    """Return an epsilon that the training was at least as bad as, by theorem 5.2 of Steinke et al. (arXiv 2305.08846).
+    """Return an epsilon that the training was at least as bad as (arXiv 2305.08846, appendix D).
 
     It holds for differential privacy under adding or removing one record.
 
