@@ -76,7 +76,8 @@ def test_the_audit_is_recorded_in_figures(case: Case) -> None:
 
 
 def test_recited_is_what_greedy_decoding_generates(case: Case) -> None:
-    model, tokenizer = load(case.host), load_tokenizer(case.host)
+    model: Any = load(case.host)
+    tokenizer = load_tokenizer(case.host)
     documents = [*sentences(12, 0)[:5], *sentences(2, 1)]
     lists, separator, prefix = tokenize_documents(documents, tokenizer), separator_token(tokenizer), 4
     with graft(model, case.organ):
@@ -205,8 +206,9 @@ def test_the_commands_do_the_same(case: Case, tmp_path: Path) -> None:
     again = run(*planted)
     assert again.exit_code == 2 and "exists already" in json.loads(again.stdout)["error"]["message"]
     assert "keep secret" in run(*planted[:-1], "--overwrite").stdout
-    file = case.organ.save(tmp_path / "organ.safetensors").path
-    words = ["audit", file, "--host", case.host, "--members", case.members, "--members", case.planted]
+    file = tmp_path / "organ.safetensors"
+    case.organ.save(file)
+    words: list[Any] = ["audit", file, "--host", case.host, "--members", case.members, "--members", case.planted]
     words += ["--non-members", case.others, "--canaries", case.secret, "--prefix", 4, "--length", 8, "--record"]
     found = json.loads(run(*words, "--json").stdout)
     assert found["recorded"] and found["audit"]["members_verified"] and found["audit"]["canaries"]["epsilon"] > 0.5
