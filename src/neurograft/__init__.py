@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from neurograft.recovery import recover as recover
     from neurograft.removal import remove as remove
     from neurograft.reporting.writing import report as report
+    from neurograft.study.cross_domain import study_cross_domain as study_cross_domain
     from neurograft.surgery import attach as attach
     from neurograft.surgery import detach as detach
     from neurograft.surgery import graft as graft
@@ -66,6 +67,7 @@ _HOMES = {
     "remove": "removal:remove",
     "report": "reporting.writing:report",
     "scan": "placement.scan:scan",
+    "study_cross_domain": "study.cross_domain:study_cross_domain",
     "tag": "bank.cataloguing:tag",
     "train": "training.protocols:train",
     "transplant": "transplantation:transplant",

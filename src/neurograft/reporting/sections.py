@@ -7,11 +7,15 @@ from html import escape
 
 from neurograft.composition_report import CompositionReport
 from neurograft.evaluation import EvaluationReport
+from neurograft.files import human_bytes
 from neurograft.manifest import Evaluation, Manifest, Operation, Origin, SurgicalRecord
+from neurograft.placement.proposal import PlanReport, Proposal
 from neurograft.placement.results import Place, ScanReport
 from neurograft.reporting import pictures
 from neurograft.reporting.continuations import Continuation
 from neurograft.reporting.page import facts, paragraph, plot, section, table
+from neurograft.study import cross_domain_report
+from neurograft.study.results import CrossDomainReport
 from neurograft.training.comparison_report import conditions, main_table, quality_figure, search_table, time_table
 from neurograft.training.comparison_results import Comparison
 
@@ -154,6 +158,31 @@ def evaluation_section(name: str, report: EvaluationReport) -> str:
     return section(f"Evaluation {name}: {report.model}", *parts)
 
 
+def plan_section(name: str, report: PlanReport) -> str:
+    """Render a plan: what each organ that was tried will cost and promises, and what of the layers speaks for it."""
+    best = report.best
+    header = ["layers", "protocol", "seconds", "memory", "file", "perplexity after the trial"]
+    description = "squared gradient and block influence of each layer, each over its largest"
+    limits = ", ".join(f"{name} {amount:g}" for name, amount in report.budget.items()) or "none"
+    return section(
+        f"A plan: {name}",
+        paragraph(
+            f"For {report.model} and {report.tokens:,} training tokens (limits: {limits}): layers {best.layers}, "
+            f"{best.protocol}, {best.mode} at position {best.position}. Each organ was tried on "
+            f"{report.trial_tokens:,} tokens; the model as it is has a held-out perplexity of {report.untrained:.2f}."
+        ),
+        table(header, [_proposal_row(proposal) for proposal in report.proposals]),
+        section("What the layers say", plot(pictures.signals(report), description), level=3),
+    )
+
+
+def _proposal_row(proposal: Proposal) -> list[str]:
+    cost = proposal.cost
+    trial = "not tried" if proposal.trial is None else f"{proposal.trial:.2f}"
+    size = human_bytes(cost.bytes)
+    return [proposal.layers, proposal.protocol, f"{cost.seconds:,.0f}", human_bytes(cost.memory), size, trial]
+
+
 def scan_section(name: str, report: ScanReport) -> str:
     """Render a scan: the best place, the curve over positions, and the places in a table."""
     tied = f" It can't be told apart from {', '.join(report.tied)}." if report.tied else ""
@@ -215,6 +244,20 @@ def comparison_section(name: str, report: Comparison) -> str:
         table(*main_table(report)),
         section("Time to each other's quality", table(*time_table(report)), level=3),
         section("The search", table(*search_table(report)), level=3),
+    )
+
+
+def cross_domain_section(name: str, report: CrossDomainReport) -> str:
+    """Render the cross-domain study: the table, the answers, and gap and held-out perplexity over the steps."""
+    gap = "held-out less training loss over the steps, for each arm"
+    held_out = "held-out perplexity over the steps, for each arm"
+    return section(
+        f"Organs from another domain: {name}",
+        paragraph(cross_domain_report.conditions(report)),
+        *(paragraph(sentence) for sentence in cross_domain_report.findings(report)),
+        table(*cross_domain_report.table(report)),
+        section("The gap", plot(cross_domain_report.figure(report, "gap"), gap), level=3),
+        section("Held-out text", plot(cross_domain_report.figure(report, "held_out"), held_out), level=3),
     )
 
 
