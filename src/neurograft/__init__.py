@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from neurograft.organ import read_manifest
     from neurograft.placement.proposal import plan as plan
     from neurograft.placement.scan import scan as scan
+    from neurograft.privacy.auditing import audit as audit
+    from neurograft.privacy.canaries import plant as plant
     from neurograft.recovery import recover as recover
     from neurograft.removal import remove as remove
     from neurograft.reporting.writing import report as report
@@ -50,6 +52,7 @@ _HOMES = {
     "Organ": "organ:Organ",
     "Signer": "trust.signers:Signer",
     "attach": "surgery:attach",
+    "audit": "privacy.auditing:audit",
     "cache": "caching:cache",
     "card": "trust.describing:card",
     "check": "compat:check",
@@ -65,6 +68,7 @@ _HOMES = {
     "merge": "merging:merge",
     "plan": "placement.proposal:plan",
     "provenance": "trust.provenance:provenance",
+    "plant": "privacy.canaries:plant",
     "pull": "bank.moving:pull",
     "push": "bank.moving:push",
     "recover": "recovery:recover",

@@ -169,7 +169,10 @@ def _texts(builder: str, options: dict[str, Any], column: str, name: str, split:
 
 @contextmanager
 def _quiet_datasets() -> Iterator[None]:
-    """Silence the progress bars of `datasets`, its log, and the Hub's log of retries; what goes wrong is raised."""
+    """Silence the progress bars of `datasets`, its log, and the Hub's log of retries; what goes wrong is raised.
+
+    It also counts each file that is read, local ones too, by a request to a server, which is nobody's business.
+    """
     import datasets
     from datasets.utils import logging
     from huggingface_hub.utils import logging as hub_logging
@@ -179,9 +182,11 @@ def _quiet_datasets() -> Iterator[None]:
     logging.set_verbosity(logging.CRITICAL)
     hub_logging.set_verbosity(logging.CRITICAL)
     datasets.disable_progress_bars()
+    counting, datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS, False
     try:
         yield
     finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counting
         logging.set_verbosity(level)
         hub_logging.set_verbosity(hub_level)
         if not bars:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,19 +63,15 @@ class NextTokenLoss:
             vocabulary: Estimate the losses from these tokens; all labels must be among its text's. Left out, or where
                 the head is not plain, losses are over the whole vocabulary.
         """
-        device, model = self.model.device, self._caller
-        arguments = {"input_ids": input_ids.to(device), "use_cache": False}
-        if attention_mask is not None:
-            arguments["attention_mask"] = attention_mask.to(device)
-        targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).to(device)  # (B, T)
+        arguments, targets = self._arguments(input_ids, labels, attention_mask)
         if self.head is None or any(parameter.requires_grad for parameter in self.head.parameters()):
-            logits = model(**arguments).logits  # (B, T, vocabulary)
+            logits = self._caller(**arguments).logits  # (B, T, vocabulary)
             losses = torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
             )
             return losses.view_as(targets)
         with _passing(self.head, spread=is_spread(self.model)):
-            hidden = model(**arguments).logits  # (B, T, C)
+            hidden = self._caller(**arguments).logits  # (B, T, C)
         wanted = targets != IGNORED_LABEL
         if vocabulary is not None:
             losses = frozen_head_losses(hidden[wanted], *vocabulary.head(), vocabulary.places[targets[wanted]])
@@ -82,6 +79,76 @@ class NextTokenLoss:
             weight, bias = whole(self.head.weight), None if self.head.bias is None else whole(self.head.bias)
             losses = frozen_head_losses(hidden[wanted], weight, bias, targets[wanted])
         return losses.new_zeros(targets.shape).masked_scatter(wanted, losses)
+
+    def facts(
+        self, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> TokenFacts:
+        """Return what the model says of each token that a loss is wanted of, in the order of rows; no gradients.
+
+        Args:
+            input_ids: (B, T) token ids.
+            labels: (B, T); see `__call__`.
+            attention_mask: (B, T); see `__call__`.
+        """
+        arguments, targets = self._arguments(input_ids, labels, attention_mask)
+        wanted = targets != IGNORED_LABEL
+        with torch.no_grad():
+            if self.head is None:
+                logits = self._caller(**arguments).logits[wanted]  # (N, vocabulary)
+                return _joined(
+                    _facts_of(logits[start : start + CHUNK].float(), targets[wanted][start : start + CHUNK])
+                    for start in range(0, len(logits), CHUNK)
+                )
+            with _passing(self.head, spread=is_spread(self.model)):
+                hidden = self._caller(**arguments).logits[wanted]  # (N, C)
+            weight, bias = whole(self.head.weight), None if self.head.bias is None else whole(self.head.bias)
+            return _joined(
+                _facts_of(
+                    torch.nn.functional.linear(hidden[start : start + CHUNK], weight, bias).float(),
+                    targets[wanted][start : start + CHUNK],
+                )
+                for start in range(0, len(hidden), CHUNK)
+            )
+
+    def _arguments(
+        self, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> tuple[dict[str, Any], torch.Tensor]:
+        """Return what the model is called with, and the right token at each position, (B, T)."""
+        device = self.model.device
+        arguments: dict[str, Any] = {"input_ids": input_ids.to(device), "use_cache": False}
+        if attention_mask is not None:
+            arguments["attention_mask"] = attention_mask.to(device)
+        return arguments, torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).to(device)
+
+
+@dataclass(frozen=True)
+class TokenFacts:
+    """What a model says of N tokens, each (N,)."""
+
+    losses: torch.Tensor
+    """Negative log likelihood of the token that comes, in nats."""
+    mean: torch.Tensor
+    """Mean log-probability of a token drawn from the model's distribution there, in nats; minus its entropy."""
+    deviation: torch.Tensor
+    """Standard deviation of the same, in nats."""
+    greedy: torch.Tensor
+    """Whether the token that comes is the one that greedy decoding would choose."""
+
+
+def _facts_of(logits: torch.Tensor, targets: torch.Tensor) -> TokenFacts:
+    """Return what some logits, (n, V), say of the right tokens, (n,)."""
+    logs = torch.log_softmax(logits, dim=1)  # (n, V)
+    probabilities = logs.exp()
+    logs = logs.clamp_min(torch.finfo(logs.dtype).min)  # a logit of minus infinity times its probability of 0 is no NaN
+    mean = (probabilities * logs).sum(1)
+    spread = (probabilities * (logs - mean[:, None]).square()).nan_to_num(0.0).sum(1)
+    right = logs.gather(1, targets[:, None]).squeeze(1)
+    return TokenFacts(-right, mean, spread.sqrt(), logits.argmax(1) == targets)
+
+
+def _joined(parts: Iterable[TokenFacts]) -> TokenFacts:
+    found = list(parts)
+    return TokenFacts(*(torch.cat([getattr(part, field.name) for part in found]) for field in fields(TokenFacts)))
 
 
 class VocabularySample:

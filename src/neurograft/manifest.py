@@ -74,6 +74,20 @@ class Source(_Part):
     """What the layers were stored as where these tensors were computed from packed ones, such as `GGUF Q4_1`."""
 
 
+class Redaction(_Part):
+    """What was found and masked in the training text, and by what; no text."""
+
+    counts: dict[str, Count]
+    """How often each kind of personal data was masked, such as `EMAIL_ADDRESS`."""
+    documents: Count
+    """Documents in which something was masked."""
+    recognizers: list[str]
+    """What looked for it. Names of people and places are looked for only where `names_by` says how."""
+    names_by: str | None
+    """Language model that looked for names; `None` if none was installed, and names stand as they were."""
+    versions: dict[str, str]
+
+
 class Training(_Part):
     """How an organ was trained; counts and digests only, no text."""
 
@@ -91,6 +105,8 @@ class Training(_Part):
     seconds: float
     loss_history: list[tuple[int, float]]
     """(optimizer step, mean training loss in nats per token since the last entry)."""
+    redaction: Redaction | None = None
+    """What was masked in the text before; `None` if nobody looked. Absent in schema 1."""
 
 
 class Evaluation(_Part):
@@ -141,6 +157,94 @@ class Scan(_Part):
     recover_tokens: Count
     """Tokens that the organ was trained on at each place before it was measured; 0 for none."""
     points: list[ScanPoint]
+    seed: int
+    versions: dict[str, str]
+    when: str
+
+
+class MembershipFigures(_Part):
+    """How well one attack tells documents that were trained on from others."""
+
+    attack: str
+    auc: float
+    """Area under the ROC curve: 0.5 where nothing is given away, 1 where everything is."""
+    auc_low: float
+    auc_high: float
+    """Limits of the 95 % interval, by bootstrap over documents."""
+    true_positives: float
+    """Share of the members that are found at 1 % false positives; 0.01 where nothing is given away."""
+    true_positives_low: float
+    true_positives_high: float
+    host_auc: float | None
+    """The same attack's on the host without the organ: what is not near 0.5 is no memory of the organ's, but a
+    difference between the two texts. `None` for attacks that look at both already."""
+
+
+class ExtractionFigures(_Part):
+    """How many documents are recited word for word, by greedy decoding after a prefix."""
+
+    text: Literal["members", "non-members"]
+    prefix: Count
+    """Tokens that were given, at least."""
+    length: Count
+    """Tokens in a row that had to be recited."""
+    documents: Count
+    """Documents that were long enough to be asked for."""
+    recited: Count
+    """How many of them were recited with the organ."""
+    recited_low: float
+    recited_high: float
+    """Limits of the 95 % interval of their share (Wilson)."""
+    recited_by_host: Count
+    """How many of them the host alone recites."""
+    longest: Count
+    """Most tokens in a row that were recited with the organ."""
+    longest_by_host: Count
+
+
+class CanaryFigures(_Part):
+    """How well planted sentences are remembered, and which epsilon that refutes."""
+
+    canaries: Count
+    included: Count
+    """How many of them, by a coin for each, were trained on."""
+    repeats: Count
+    """How many times each; with more than 1, epsilon is that of a group of so many records."""
+    tokens: Count
+    """Tokens of all canaries."""
+    exposure_mean: float
+    exposure_median: float
+    exposure_most: float
+    """In bits, over the included ones (arXiv 1802.08232)."""
+    exposure_limit: float
+    """The most that could be seen with so many canaries."""
+    guesses: Count
+    correct: Count
+    """How many canaries were guessed to be included or not, and how many of these guesses were right."""
+    epsilon: float
+    """The training was no more private than this, under adding or removing one record (arXiv 2305.08846,
+    appendix D); 0 says that nothing was shown."""
+    delta: float
+    confidence: float
+
+
+class Audit(_Part):
+    """Attacks on an organ by someone who has it, the host and candidates for its training text."""
+
+    host: str
+    mode: Mode
+    position: Count
+    sequence_length: Count
+    members: Count
+    non_members: Count
+    """Documents that were trained on, and documents that were not."""
+    member_tokens: Count
+    non_member_tokens: Count
+    members_verified: bool
+    """Whether the members have the fingerprint of a training in the manifest; otherwise they are somebody's word."""
+    membership: list[MembershipFigures]
+    extraction: list[ExtractionFigures]
+    canaries: CanaryFigures | None
     seed: int
     versions: dict[str, str]
     when: str
@@ -232,6 +336,8 @@ class Manifest(_Part):
     evaluations: list[Evaluation] = []
     scans: list[Scan] = []
     """Scans of the places where it could go, first to last; absent in schema 1."""
+    audits: list[Audit] = []
+    """What attacks found out about its training text, first to last; absent in schema 1."""
     merged: Merge | None = None
     """The merge that the organ came from, if it did; what is in `training` came after it. Absent in schema 1."""
     recommended_mode: Mode

@@ -352,6 +352,8 @@ def _describe(
         "training": None,
         "training_history": [],
         "evaluations": [],
+        "scans": [],  # they and the audits were of one parent's weights
+        "audits": [],
         "probe": _probe(organs[0], tensors),
         "sketch": None,
         "merged": Merge(**settings, base=None if original is None else original.manifest.source.model, parents=parents),

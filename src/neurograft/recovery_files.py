@@ -279,7 +279,8 @@ def recovered_organ(
         "training": own[-1].training,
         "training_history": [*(before.trainings if before else []), *(recovery.training for recovery in own[:-1])],
         "evaluations": own[-1].evaluations,
-        "scans": [],  # they were of other weights
+        "scans": [],  # they and the audits were of other weights
+        "audits": [],
         "recommended_mode": case.operation.mode,
         "recommended_position": case.own[0],
     }

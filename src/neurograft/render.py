@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from neurograft.files import human_bytes
+from neurograft.privacy.rendering import audit_rows, redaction_line
 
 if TYPE_CHECKING:
     from neurograft.alignment import AlignmentCurve
@@ -99,6 +100,10 @@ def manifest(organ: Manifest, size: int | None = None) -> RenderableType:
                 f"of {len(scanned.points)} places{ratio}",
             )
         )
+    if training is not None and training.redaction is not None:
+        rows.append(("masked", redaction_line(training.redaction)))
+    for audited in organ.audits:
+        rows += audit_rows(audited)
     if organ.sketch is not None:
         rows.append(("sketch", f"hidden states around it on {organ.sketch.tokens:,} tokens of a public text"))
     rows += [("created", organ.created), ("file digest", organ.file_digest)]

@@ -190,6 +190,7 @@ def _essence(manifest: Manifest) -> dict[str, Any]:
         "training_history": [],
         "evaluations": [],
         "scans": [],
+        "audits": [],
         "merged": None,
         "probe": None,
         "sketch": None,

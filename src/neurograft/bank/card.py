@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from neurograft.manifest import Evaluation, Manifest
+from neurograft.privacy.rendering import audit_markdown, redaction_line
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -86,4 +87,7 @@ def _body(manifest: Manifest, reference: str) -> str:
     if manifest.evaluations:
         lines += ["", "| text | tokens | perplexity before | after |", "|---|---|---|---|"]
         lines += [f"| {e.data} | {e.tokens:,} | {e.before:.2f} | {e.after:.2f} |" for e in manifest.evaluations]
+    if manifest.training is not None and manifest.training.redaction is not None:
+        lines += ["", f"Masked in the training text: {redaction_line(manifest.training.redaction)}."]
+    lines += audit_markdown(manifest.audits)
     return "\n".join([*lines, "", f"SHA-256 of the tensors: `{manifest.tensors_digest}`", ""])

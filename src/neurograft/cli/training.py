@@ -109,6 +109,9 @@ def train(
     text_column: TextColumn = "text",
     document_separator: Separator = None,
     encoding: Encoding = "utf-8",
+    redact: Annotated[
+        bool, typer.Option("--redact", help="Mask personal data in the text first; needs the extra redact.")
+    ] = False,
     overwrite: Overwrite = False,
     trust_remote_code: RemoteCode = False,
     as_json: AsJson = False,
@@ -131,6 +134,7 @@ def train(
                 text_column=text_column,
                 document_separator=document_separator,
                 encoding=encoding,
+                redact=redact,
                 overwrite=overwrite,
                 trust_remote_code=trust_remote_code,
                 progress=progress,

@@ -21,7 +21,7 @@ from neurograft.files import combine_digests, tensor_digest
 from neurograft.identity import as_identity
 from neurograft.layer_values import count_name
 from neurograft.layer_weights import load_layers
-from neurograft.manifest import Evaluation, LayerAnatomy, Manifest, Mode, Protocol, Training
+from neurograft.manifest import Evaluation, LayerAnatomy, Manifest, Mode, Protocol, Redaction, Training
 from neurograft.models import ModelDirectory, fingerprint_tokenizer, load_config, load_tokenizer, resolve
 from neurograft.organ import (
     Organ,
@@ -34,6 +34,7 @@ from neurograft.organ import (
     organ_path,
     read_organ,
 )
+from neurograft.privacy.redaction import check_installed, redact_documents
 from neurograft.sharding import fill
 from neurograft.sketch import make_sketch
 from neurograft.steps import check_position
@@ -68,6 +69,7 @@ def train(
     encoding: str = "utf-8",
     name: str | None = None,
     version: str | None = None,
+    redact: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: ProgressCallback | None = None,
@@ -86,6 +88,7 @@ def train(
         encoding: Encoding of text files.
         name: Name of the trained organ; left out, the organ's own with the protocol.
         version: Its semantic version; left out, the organ's.
+        redact: Whether personal data in the text, also the held-out, is masked before; see `docs/privacy.md`.
         overwrite: Whether an existing file may be replaced.
         trust_remote_code: See `neurograft.models.resolve`.
         progress: Called after each optimizer step.
@@ -95,8 +98,8 @@ def train(
         The trained organ, with the best weights seen on the held-out text.
 
     Raises:
-        UsageError: An option is wrong, the organ is quantised, the output exists, is the organ that is read or lies in
-            the host's directory, or another run left its state beside it.
+        UsageError: An option is wrong, Presidio is not installed, the organ is quantised, the output exists, is the
+            organ that is read or lies in the host's directory, or another run left its state beside it.
         DataError: There is no text, or it can't be read.
         IncompatibleError: The organ does not fit the host.
         NeurograftError: The loss is not finite any more.
@@ -114,11 +117,17 @@ def train(
         inputs = [Path(host), *([used] if used is not None else [])]
         processes.on_first(lambda: check_organ_output(Path(output), overwrite=overwrite, inputs=inputs))
     reading = {"text_column": text_column, "document_separator": document_separator, "encoding": encoding}
-    texts = read_texts(data, eval_data, chosen, reading)
+    if redact:
+        check_installed()
+    texts, redaction = read_texts(data, eval_data, chosen, reading), None
+    if redact:
+        texts, redaction = _mask(texts)
     resume = None if output is None else state_path(Path(output))
     with whole_weights():
         trained = _train(organ, host, texts, chosen, trust_remote_code, progress, resume)
+    training = trained.manifest.training
     names = {
+        "training": training and training.model_copy(update={"redaction": redaction}),
         "name": clean_name(name or f"{trained.name.removesuffix(f'-{chosen.protocol}')}-{chosen.protocol}"),
         "version": version or trained.manifest.version,
         "created": now(),
@@ -127,6 +136,13 @@ def train(
     if output is None or resume is None:
         return trained
     return _write(processes, trained, Path(output), resume, overwrite=overwrite)
+
+
+def _mask(texts: Texts) -> tuple[Texts, Redaction]:
+    """Mask personal data in the training and the held-out text."""
+    masked, redaction = redact_documents([*texts.training, *texts.held_out])
+    count = len(texts.training)
+    return Texts(masked[:count], masked[count:]), redaction
 
 
 def _write(processes: Processes, organ: Organ, output: Path, resume: Path, *, overwrite: bool) -> Organ:
@@ -342,7 +358,8 @@ def _trained_organ(
         "training": training,
         "training_history": organ.manifest.trainings,
         "evaluations": [evaluation],
-        "scans": [],  # they were of other weights
+        "scans": [],  # they and the audits were of other weights
+        "audits": [],
         "recommended_mode": mode,
         "recommended_position": first if options.protocol != "standalone" else organ.manifest.recommended_position,
         "probe": probe.to_manifest(answers, str(model.dtype).removeprefix("torch.")),
