@@ -209,7 +209,7 @@ def evaluate(
         log.info("evaluating %s", names[number])
         loaded, tokenizer = load_to_score(candidate, trust_remote_code)
         if number == 0:
-            documents = {name: _first_documents(texts, tokenizer, max_tokens) for name, texts in documents.items()}
+            documents = {name: first_documents(texts, tokenizer, max_tokens) for name, texts in documents.items()}
         counter = token_counter(progress, documents, tokenizer, number, len(models))
         settings = {"sequence_length": sequence_length, "batch_size": batch_size, "progress": counter}
         scores.append(
@@ -277,7 +277,7 @@ def load_to_score(model: ModelDirectory | LoadedModel, trust_remote_code: bool) 
     return loaded, tokenizer
 
 
-def _first_documents(documents: list[str], tokenizer: Any, limit: int | None) -> list[str]:
+def first_documents(documents: list[str], tokenizer: Any, limit: int | None) -> list[str]:
     """Return whole documents from the start until there are `limit` tokens; at least one."""
     if limit is None:
         return documents
