@@ -162,6 +162,7 @@ class DeploymentFolder:
             HistoryError: An entry was altered, or the link is not where the last entry says.
         """
         history = read_history(self.path / HISTORY)
+        self._refuse_unknown_versions(history)
         current, last = self._target(CURRENT), history.last
         expected = last.version if last else None
         if current == expected:
@@ -173,6 +174,21 @@ class DeploymentFolder:
             f"{len(history.entries)}, says {expected or 'nothing'}: the link was changed by hand, or the end of the "
             "history was cut off; restore either from a backup."
         )
+
+    def _refuse_unknown_versions(self, history: History) -> None:
+        """Refuse a version that no entry made and no switch is under way to: the entry was cut off.
+
+        Raises:
+            HistoryError: Names the version.
+        """
+        known = {entry.version for entry in history.entries} | {self._target(_NEXT)}
+        folder = self.path / VERSIONS
+        for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
+            if re.match(VERSION_PATTERN, name) and name not in known:
+                raise HistoryError(
+                    f"{folder / name} is in no entry of {HISTORY}: the end of the history was cut off, or the folder "
+                    "was put there by hand; restore the history from a backup, or move the folder elsewhere."
+                )
 
     def settle(self) -> State:
         """Finish or forget the switch of a process that was killed; for who holds `switching`.

@@ -118,12 +118,9 @@ def _check_entry(path: Path, number: int, line: bytes, before: Entry | None) -> 
     try:
         entry = Entry.model_validate_json(line)
     except (ValidationError, ValueError, RecursionError) as error:
-        schema = _schema_of(line)
-        if schema > SCHEMA_VERSION:
-            raise HistoryError(
-                f"{place} has schema {schema}, and this neurograft reads up to {SCHEMA_VERSION}; install a newer one."
-            ) from error
+        _refuse_newer(place, _schema_of(line))
         raise HistoryError(f"{place} is no entry as neurograft writes them; restore the file from a backup.") from error
+    _refuse_newer(place, entry.schema_version)
     if entry.line().encode() != line or entry.digest != entry.expected_digest():
         raise HistoryError(f"{place} was altered: its digest is not that of what it says; restore it from a backup.")
     if entry.number != number or entry.previous != (before.digest if before else NO_DIGEST):
@@ -134,6 +131,13 @@ def _check_entry(path: Path, number: int, line: bytes, before: Entry | None) -> 
     if entry.before != (before.version if before else None):
         raise HistoryError(f"{place} says that {entry.before} was deployed before it, and the entry before does not.")
     return entry
+
+
+def _refuse_newer(place: str, schema: int) -> None:
+    if schema > SCHEMA_VERSION:
+        raise HistoryError(
+            f"{place} has schema {schema}, and this neurograft reads up to {SCHEMA_VERSION}; install a newer one."
+        )
 
 
 def _schema_of(line: bytes) -> int:
