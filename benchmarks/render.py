@@ -14,6 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from neurograft.study import cross_domain_report
+from neurograft.study.results import CrossDomainReport
+
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "results.md"
 HEADER = """# Results
@@ -143,9 +146,18 @@ def recovery_section(result: dict[str, Any]) -> str:
     )
 
 
+_AIMS = """Yes and no say whether what was aimed at was reached. A fourth aim, 70 % of the machine's rate of multiplying
+matrices, is measured [below](#what-a-training-step-costs), and so is
+[what was tried](#what-the-training-engine-chooses-from). The time counts on the validation text, which also chooses the
+best weights of every run; domain and general perplexities are of other documents. The cases of 500k go over some 120k
+tokens of text more than four times, with the settings that the search of the short cases chose; with those, organs and
+LoRA alike are best after one or two passes, and learn by heart from then on.
+"""
+
+
 def adaptation_section(result: dict[str, Any]) -> str:
     """Render the comparisons with LoRA, the verdicts on what was aimed at, and the paper's figures beside them."""
-    parts = ["## Organs beside LoRA and full fine-tuning\n"]
+    parts = ["## Organs beside LoRA and full fine-tuning\n", _verdicts(result["cases"]), _AIMS]
     for name, report in result["cases"].items():
         methods = {method["method"]: method for method in report["methods"]}
         rows = [["untrained", *(f"{report['untrained'][text]:.2f}" for text in ("domain", "general")), *[""] * 5]]
@@ -160,8 +172,6 @@ def adaptation_section(result: dict[str, Any]) -> str:
                 rows,
             )
         )  # fmt: skip
-        if {"organ", "lora"} <= set(methods):
-            parts.append(_verdicts(methods["organ"], methods["lora"]))
     parts.append(
         "The paper's figures (perplexity organ / LoRA / full fine-tuning): GPT-2 124M 17.33 / 668.40 / 1352.05; "
         "TinyLlama 1.1B 54.15 / 460.41 / 788.36; GPT-OSS 20B 34.56 / 98.37 / none; training 2 to 28 times faster than "
@@ -193,9 +203,21 @@ def _method_row(method: dict[str, Any]) -> list[str]:
     ]
 
 
-def _verdicts(organ: dict[str, Any], lora: dict[str, Any]) -> str:
-    """Hold an organ against LoRA in the three ways that the project set out to win in."""
+def _verdicts(cases: dict[str, Any]) -> str:
+    """Hold organs against LoRA in what the project set out to win in, a row for each case."""
+    rows = []
+    for name, report in cases.items():
+        methods = {method["method"]: method for method in report["methods"]}
+        if {"organ", "lora"} <= set(methods):
+            rows.append([name, *_against(methods["organ"], methods["lora"])])
+    header = [
+        "organ over LoRA", "time to LoRA's final quality (aim 1/3)", "domain perplexity (aim 1)",
+        "general perplexity (aim 1)", "memory beyond the model (aim 1/2)",
+    ]  # fmt: skip
+    return table(header, rows)
 
+
+def _against(organ: dict[str, Any], lora: dict[str, Any]) -> list[str]:
     def mean(method: dict[str, Any], *path: str) -> float:
         value: Any = method
         for name in path:
@@ -206,16 +228,12 @@ def _verdicts(organ: dict[str, Any], lora: dict[str, Any]) -> str:
     time = reached["mean"] / mean(lora, "seconds") if reached else None
     domain, general = (mean(organ, "perplexity", t) / mean(lora, "perplexity", t) for t in ("domain", "general"))
     memory = mean(organ, "memory_beyond_model") / mean(lora, "memory_beyond_model")
-    in_all = mean(organ, "memory_with_model") / mean(lora, "memory_with_model")
-    rows = [
-        ["time to LoRA's final quality, of LoRA's time", "1/3", "not reached" if time is None else f"{time:.2f}",
-         _yes(time is not None and time <= 1 / 3)],
-        ["domain perplexity at equal tokens, of LoRA's", "1.00", f"{domain:.3f}", _yes(domain <= 1)],
-        ["general perplexity, of LoRA's", "1.00", f"{general:.3f}", _yes(general <= 1)],
-        ["peak memory beyond the loaded model, of LoRA's", "1/2", f"{memory:.2f} ({in_all:.2f} with the model)",
-         _yes(memory <= 0.5)],
-    ]  # fmt: skip
-    return table(["organ against LoRA", "aim", "measured", "reached"], rows)
+    return [
+        "never" if time is None else f"{time:.2f}: {_yes(time <= 1 / 3)}",
+        f"{domain:.3f}: {_yes(domain <= 1)}",
+        f"{general:.3f}: {_yes(general <= 1)}",
+        f"{memory:.2f}: {_yes(memory <= 0.5)}",
+    ]
 
 
 def _yes(reached: bool) -> str:
@@ -287,6 +305,19 @@ def phases_section(result: dict[str, Any]) -> str:
         f"## Phases, a teacher, a range test\n\nAn organ of layers {settings['layers']}, "
         f"{settings['tokens']:,} tokens, {settings['tokens_a_step']} a step, one seed, one thread.\n\n"
         + table(["way", "domain", "general", "seconds"], rows)
+    )
+
+
+def cross_domain_section(result: dict[str, Any]) -> str:
+    """Render the cross-domain study."""
+    report = CrossDomainReport.model_validate(result["report"])
+    return (
+        f"## Organs from another domain\n\n{cross_domain_report.conditions(report)} Organs: clinical definitions and "
+        "dictionary entries; target: the Python language reference.\n\n"
+        + table(*cross_domain_report.table(report))
+        + "\n"
+        + "\n\n".join(cross_domain_report.findings(report))
+        + "\n"
     )
 
 
@@ -600,6 +631,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "training_cost": training_cost_section,
     "protocols": protocols_section,
     "recovery": recovery_section,
+    "cross_domain": cross_domain_section,
     "plan": plan_section,
     "scan": scan_section,
     "disk": disk_section,

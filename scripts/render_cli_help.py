@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from typer.testing import CliRunner
 
@@ -18,7 +19,7 @@ everything else to standard error; with `--json`, standard output is one JSON do
 | exit status | meaning |
 |---|---|
 | 0 | done |
-| 1 | the verdict is no: an organ does not fit (`check`), a gate fails (`evaluate`), a target is missed (`demo`) |
+| 1 | the verdict is no: an organ does not fit (`check`), a gate fails (`evaluate`, `deploy`), a target is missed (`demo`) |
 | 2 | an error: one sentence on standard error says what is wrong, and nothing was written |
 | 130 | interrupted; nothing was written |
 
@@ -30,8 +31,14 @@ def render() -> str:
     """Return the page: the help of `neurograft` and of each of its commands."""
     from neurograft.cli import app
 
-    names = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
-    return "\n".join([INTRODUCTION, _section("neurograft", []), *(_section(name, [name]) for name in names)])
+    verbs = [[name] for name in _names(app)]
+    for group in (each.typer_instance for each in app.registered_groups if each.typer_instance):
+        verbs += [[str(group.info.name), name] for name in _names(group)]
+    return "\n".join([INTRODUCTION, _section("neurograft", []), *(_section(" ".join(verb), verb) for verb in verbs)])
+
+
+def _names(app: Any) -> list[str]:
+    return [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
 
 
 def _section(title: str, arguments: list[str]) -> str:

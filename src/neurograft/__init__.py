@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from neurograft.recovery import recover as recover
     from neurograft.removal import remove as remove
     from neurograft.reporting.writing import report as report
+    from neurograft.study.cross_domain import study_cross_domain as study_cross_domain
     from neurograft.surgery import attach as attach
     from neurograft.surgery import detach as detach
     from neurograft.surgery import graft as graft
@@ -68,6 +69,7 @@ _HOMES = {
     "report": "reporting.writing:report",
     "rollback": "deployment.rolling_back:rollback",
     "scan": "placement.scan:scan",
+    "study_cross_domain": "study.cross_domain:study_cross_domain",
     "tag": "bank.cataloguing:tag",
     "train": "training.protocols:train",
     "transplant": "transplantation:transplant",

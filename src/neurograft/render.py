@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from neurograft.placement.results import Place, ScanReport
     from neurograft.removal import Removal
     from neurograft.reporting.writing import ReportWritten
+    from neurograft.study.results import CrossDomainReport
     from neurograft.training.comparison_results import Comparison
 
 _VERIFIED = {
@@ -254,7 +255,7 @@ def removal(result: Removal) -> RenderableType:
 
 def report(written: ReportWritten) -> RenderableType:
     """Render what a report holds and where it is."""
-    kinds = ("models", "organs", "scans", "evaluations", "compositions", "comparisons")
+    kinds = ("models", "organs", "scans", "evaluations", "compositions", "comparisons", "studies")
     rows = [(kind, ", ".join(getattr(written, kind))) for kind in kinds if getattr(written, kind)]
     if written.prompts:
         rows.append(("prompts", str(written.prompts)))
@@ -347,15 +348,26 @@ def comparison(report: Comparison, output: str) -> RenderableType:
     """Render what `compare` found; every try of the search is in the files."""
     from neurograft.training import comparison_report
 
-    tables = []
-    for header, rows in (comparison_report.main_table(report), comparison_report.time_table(report)):
-        table = Table(title_justify="left")
-        for number, column in enumerate(header):
-            table.add_column(Text(column), justify="left" if number == 0 or column == "settings" else "right")
-        for row in rows:
-            table.add_row(*map(Text, row))
-        tables.append(table)
+    tables = [_table(*found) for found in (comparison_report.main_table(report), comparison_report.time_table(report))]
     return Group(*tables, Text(comparison_report.conditions(report)), Text(f"written to {output}", style="green"))
+
+
+def cross_domain(report: CrossDomainReport, output: str) -> RenderableType:
+    """Render what `study cross-domain` found."""
+    from neurograft.study import cross_domain_report
+
+    sentences = [cross_domain_report.conditions(report), *cross_domain_report.findings(report)]
+    table = _table(*cross_domain_report.table(report))
+    return Group(table, *map(Text, sentences), Text(f"written to {output}", style="green"))
+
+
+def _table(header: list[str], rows: list[list[str]]) -> Table:
+    table = Table(title_justify="left")
+    for number, column in enumerate(header):
+        table.add_column(Text(column), justify="left" if number == 0 or column == "settings" else "right")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
 
 
 def evaluation(report: EvaluationReport) -> RenderableType:

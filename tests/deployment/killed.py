@@ -19,7 +19,7 @@ from typing import Any
 from neurograft import deploy, history, rollback
 from neurograft.deployment import folder as folders
 from neurograft.deployment import history as histories
-from neurograft.organ import Organ
+from neurograft.organ import open_organ
 
 Work = Callable[[Path], Any]
 
@@ -81,7 +81,7 @@ def dying(work: Work, step: int) -> Work:
     return doomed
 
 
-def trial(work: Work, pristine: Path, place: Path, seconds: float | None) -> dict[str, Any]:
+def trial(work: Work, again: Work, pristine: Path, place: Path, seconds: float | None) -> dict[str, Any]:
     """Kill the work once; say what is there afterwards, and after the same work was done again by who comes next."""
     shutil.copytree(pristine, place, symlinks=True)
     killed, took = fork(work, place, seconds)
@@ -95,13 +95,13 @@ def trial(work: Work, pristine: Path, place: Path, seconds: float | None) -> dic
         "torn": found.torn_bytes,
         "unfinished": found.unfinished,
     }
-    fork(work, place, None)
-    again = history(place, verify="full")
+    fork(again, place, None)
+    after = history(place, verify="full")
     left = {path.name for path in place.iterdir()} - {"current", "versions", "history.jsonl"}
     result |= {
-        "then": again.current,
+        "then": after.current,
         "left": sorted(name for name in left if not name.endswith(".lock") and name != ".staging"),
-        "dropped": sum(entry.dropped is not None for entry in again.entries),
+        "dropped": sum(entry.dropped is not None for entry in after.entries),
     }
     shutil.rmtree(place)
     return result
@@ -110,20 +110,28 @@ def trial(work: Work, pristine: Path, place: Path, seconds: float | None) -> dic
 def main() -> None:
     """Run the trials of one kind of work."""
     kind, pristine, organ, gates, scratch, count = sys.argv[1:]
-    opened = Organ.load(organ)
+    opened = open_organ(organ)
+
+    def go_back(place: Path) -> None:
+        found = history(place)
+        rollback(place, to=2 if (found.unfinished or found.current).startswith("0001-") else 1)
+
     works: dict[str, Work] = {
         "deploy": lambda place: deploy(opened, to=place, gates=gates, mode="insert", at=1),
-        "rollback": lambda place: rollback(place, to=1 if history(place).current != history(place).entries[0].version else 2),
-    }  # fmt: skip
+        "rollback": go_back,
+    }
     work, place = works[kind], Path(scratch) / "place"
+    shutil.copytree(pristine, place, symlinks=True)
+    works["deploy"](place)  # loads everything that children then need not load
+    shutil.rmtree(place)
     shutil.copytree(pristine, place, symlinks=True)
     _, whole = fork(work, place, None)
     shutil.rmtree(place)
     chance = random.Random(0)
-    random_moments = [trial(work, Path(pristine), place, chance.uniform(0, whole)) for _ in range(int(count))]
+    random_moments = [trial(work, work, Path(pristine), place, chance.uniform(0, whole)) for _ in range(int(count))]
     steps = []
     while not steps or steps[-1]["killed"]:
-        steps.append(trial(dying(work, len(steps) + 1), Path(pristine), place, None))
+        steps.append(trial(dying(work, len(steps) + 1), work, Path(pristine), place, None))
     json.dump({"whole": whole, "random": random_moments, "steps": steps}, sys.stdout)
 
 

@@ -262,7 +262,7 @@ def _edit(path: Path, change: Callable[[list[bytes]], list[bytes]]) -> None:
         (lambda lines: [b"[" * 100_000 + b"\n"], "entry 1 of .* is no entry"),
         (lambda lines: lines[:1], "0002-tiny is in no entry of history.jsonl: the end of the history was cut off"),
         (lambda lines: [], "is in no entry of history.jsonl"),
-        (lambda lines: lines[:2], "current points to 0001-.*, and the last entry of history.jsonl, entry 2, says 0002-t"),
+        (lambda lines: lines[:2], "points to 0001-.*, and the last entry of history.jsonl, entry 2, says 0002"),
         (lambda lines: [*lines[:2], lines[2][:-1]], "the link was changed by hand, or the end of the history was cut"),
     ],
 )  # fmt: skip

@@ -129,11 +129,11 @@ def test_names_are_no_markup(organ: Organ, tmp_path: Path) -> None:
         (lambda folder: [folder / "missing.json"], "missing.json does not exist; give an organ file"),
         (
             lambda folder: [_folder(folder)],
-            "has neither neurograft.json, as a transplanted model has, nor a comparison's",
+            "has neither neurograft.json, as a transplanted model has, nor the results.json of a",
         ),
         (
             lambda folder: [_written(folder, "{}")],
-            "some.json is not what scan, compare, compose or evaluate print with --json",
+            "some.json is not what scan, compare, compose, study or evaluate print with --json",
         ),
         (lambda folder: [_written(folder, "[" * 99_999)], "some.json is no organ file and no JSON"),
         (lambda folder: [_written(folder, "\x00")], "some.json is no organ file and no JSON"),

@@ -188,6 +188,7 @@ def _run() -> int:
 
 def _keep_only(verb: str) -> None:
     """Forget the other commands if this is one: reading all their options takes as long as many a command."""
-    chosen = [command for command in app.registered_commands if command.callback.__name__ == verb]  # type: ignore[union-attr]
-    if chosen:
-        app.registered_commands = chosen
+    commands = [command for command in app.registered_commands if command.callback.__name__ == verb]  # type: ignore[union-attr]
+    groups = [group for group in app.registered_groups if group.typer_instance.info.name == verb]  # type: ignore[union-attr]
+    if commands or groups:
+        app.registered_commands, app.registered_groups = commands, groups

@@ -285,7 +285,7 @@ def report(
         list[str],
         typer.Argument(
             metavar="SOURCE...",
-            help="Organ files, transplanted models, comparisons, and what scan or evaluate print with --json.",
+            help="Organ files, transplanted models, comparisons, studies, and what scan or evaluate print with --json.",
         ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="HTML file to write.")],

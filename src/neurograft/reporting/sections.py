@@ -12,6 +12,8 @@ from neurograft.placement.results import Place, ScanReport
 from neurograft.reporting import pictures
 from neurograft.reporting.continuations import Continuation
 from neurograft.reporting.page import facts, paragraph, plot, section, table
+from neurograft.study import cross_domain_report
+from neurograft.study.results import CrossDomainReport
 from neurograft.training.comparison_report import conditions, main_table, quality_figure, search_table, time_table
 from neurograft.training.comparison_results import Comparison
 
@@ -215,6 +217,20 @@ def comparison_section(name: str, report: Comparison) -> str:
         table(*main_table(report)),
         section("Time to each other's quality", table(*time_table(report)), level=3),
         section("The search", table(*search_table(report)), level=3),
+    )
+
+
+def cross_domain_section(name: str, report: CrossDomainReport) -> str:
+    """Render the cross-domain study: the table, the answers, and gap and held-out perplexity over the steps."""
+    gap = "held-out less training loss over the steps, for each arm"
+    held_out = "held-out perplexity over the steps, for each arm"
+    return section(
+        f"Organs from another domain: {name}",
+        paragraph(cross_domain_report.conditions(report)),
+        *(paragraph(sentence) for sentence in cross_domain_report.findings(report)),
+        table(*cross_domain_report.table(report)),
+        section("The gap", plot(cross_domain_report.figure(report, "gap"), gap), level=3),
+        section("Held-out text", plot(cross_domain_report.figure(report, "held_out"), held_out), level=3),
     )
 
 

@@ -16,11 +16,12 @@ from neurograft.manifest import Manifest, SurgicalRecord
 from neurograft.organ import read_manifest
 from neurograft.placement.results import ScanReport
 from neurograft.record import read_record
+from neurograft.study.results import CrossDomainReport
 from neurograft.training.comparison_results import Comparison
 
 # A result is a few hundred KB at most; a larger file is something else, and is not read into memory.
 _LARGEST_RESULT = 64 << 20
-_RESULTS: tuple[type[BaseModel], ...] = (ScanReport, Comparison, EvaluationReport, CompositionReport)
+_RESULTS: tuple[type[BaseModel], ...] = (ScanReport, Comparison, EvaluationReport, CompositionReport, CrossDomainReport)
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Sources:
     comparisons: list[tuple[str, Comparison]] = field(default_factory=list)
     evaluations: list[tuple[str, EvaluationReport]] = field(default_factory=list)
     compositions: list[tuple[str, CompositionReport]] = field(default_factory=list)
+    studies: list[tuple[str, CrossDomainReport]] = field(default_factory=list)
 
     @property
     def manifests(self) -> list[Manifest]:
@@ -47,8 +49,8 @@ def read_sources(paths: Sequence[str | Path]) -> Sources:
     """Read everything that a report is to be made of.
 
     Args:
-        paths: Organ files (`.safetensors`), folders that `transplant`, `recover` or `compare` wrote, and `.json` files
-            with what `scan`, `compare`, `compose` or `evaluate` print with `--json`.
+        paths: Organ files (`.safetensors`), folders that `transplant`, `recover`, `compare` or `study` wrote, and
+            `.json` files with what `scan`, `compare`, `compose`, `study` or `evaluate` print with `--json`.
 
     Raises:
         UsageError: There is none, or one is nothing of the kind.
@@ -85,12 +87,15 @@ def _read(path: Path, sources: Sources) -> None:
         sources.evaluations.append((name, result))
     elif isinstance(result, CompositionReport):
         sources.compositions.append((name, result))
+    elif isinstance(result, CrossDomainReport):
+        sources.studies.append((name, result))
 
 
 def _explain_missing(path: Path) -> str:
     if path.name == "results.json" and path.parent.is_dir():
         return (
-            f"{path.parent} has neither neurograft.json, as a transplanted model has, nor a comparison's results.json."
+            f"{path.parent} has neither neurograft.json, as a transplanted model has, nor the results.json of a "
+            "comparison or a study."
         )
     return f"{path} does not exist; give an organ file, a transplanted model, or what scan --json printed."
 
@@ -101,7 +106,7 @@ def _read_result(path: Path) -> BaseModel:
     Raises:
         UsageError: It is none of them.
     """
-    wanted = "what scan, compare, compose or evaluate print with --json"
+    wanted = "what scan, compare, compose, study or evaluate print with --json"
     if path.stat().st_size > _LARGEST_RESULT:
         raise UsageError(f"{path} is too large to be {wanted}.")
     try:

@@ -34,6 +34,7 @@ class ReportWritten(BaseModel):
     comparisons: list[str]
     evaluations: list[str]
     compositions: list[str]
+    studies: list[str]
     prompts: int
 
 
@@ -55,8 +56,8 @@ def report(
     but the prompts that it is given and what models make of them.
 
     Args:
-        sources: Organ files, folders that `transplant`, `recover` or `compare` wrote, and JSON files with what `scan`,
-            `compare`, `compose` or `evaluate` print with `--json`.
+        sources: Organ files, folders that `transplant`, `recover`, `compare` or `study` wrote, and JSON files with what
+            `scan`, `compare`, `compose`, `study` or `evaluate` print with `--json`.
         output: HTML file to write.
         title: Title of the page; left out, it names the sources.
         prompts: Texts that every transplanted model among the sources, and `recipient` before them, go on with.
@@ -105,6 +106,7 @@ def report(
         comparisons=[name for name, _ in found.comparisons],
         evaluations=[name for name, _ in found.evaluations],
         compositions=[name for name, _ in found.compositions],
+        studies=[name for name, _ in found.studies],
         prompts=len(prompts),
     )
 
@@ -117,6 +119,7 @@ def _sections(found: Sources) -> list[str]:
         *(sections.scan_section(*each) for each in found.scans),
         *(sections.organ_section(manifest) for manifest in found.manifests),
         *(sections.comparison_section(*each) for each in found.comparisons),
+        *(sections.cross_domain_section(*each) for each in found.studies),
     ]
 
 
@@ -129,5 +132,6 @@ def _title(found: Sources) -> str:
         *(f"ways to adapt {comparison.model}" for _, comparison in found.comparisons),
         *(evaluation.model for _, evaluation in found.evaluations),
         *(f"several organs in {composition.recipient}" for _, composition in found.compositions),
+        *(f"organs from another domain in {study.model}" for _, study in found.studies),
     ]
     return ", ".join(dict.fromkeys(names[:3])) + (", and more" if len(names) > 3 else "")

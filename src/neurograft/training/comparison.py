@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import json
 import logging
 import platform
 import shutil
@@ -13,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from pydantic import ValidationError
 
 from neurograft import data as text_data
 from neurograft import ranks
@@ -149,8 +145,8 @@ def compare(
             methods=summaries(chosen, found, runs),
             trials=found,
             runs=runs,
-            versions=_versions(),
-            machine=_machine(),
+            versions=installed_versions(),
+            machine=machine_name(),
         )
         _write(report, folder)
     return report
@@ -276,7 +272,11 @@ class _Desk:
         self._organs = tempfile.TemporaryDirectory(prefix=".cache-organs-", dir=self.folder)
         files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in self.directory.path.iterdir())
         texts = {name: text_data.fingerprint(documents) for name, documents in self.text.parts().items()}
-        self._start = {"model": [str(self.directory.path), files], "texts": texts, "on": [_versions(), _machine()]}
+        self._start = {
+            "model": [str(self.directory.path), files],
+            "texts": texts,
+            "on": [installed_versions(), machine_name()],
+        }
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
@@ -308,13 +308,6 @@ class _Desk:
             **self._start, "method": None if method is None else method.name, "settings": settings,
             "options": options, "final": final, "isolated": self.isolated,
         }  # fmt: skip
-        key = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:32]
-        kept = self.folder / "runs" / f"{key}.json"
-        measured = _read_kept(kept)
-        if measured is not None:
-            log.info("%s: done before", title)
-            return measured
-        log.info("%s", title)
         job = Job(
             model=str(self.directory.path),
             method=None if method is None else method.name,
@@ -326,15 +319,7 @@ class _Desk:
             evaluated=self.text.evaluated if final else {},
             trust_remote_code=self.trust,
         )
-        measured = self._measure(job, title)
-        with atomic_file(kept, overwrite=True) as temporary:
-            temporary.write_text(measured.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        return measured
-
-    def _measure(self, job: Job, title: str) -> Measured:
-        measure = measuring.measure_apart if self.isolated else measuring.measure_here
-        with measuring.own_cache(self.folder) as cache:
-            return measure(job, cache, lambda line: log.info("%s: %s", title, line))
+        return measuring.measure_once(job, what, self.folder, title, isolated=self.isolated)
 
     def _organ(self, method: Method | None, settings: Settings) -> str | None:
         """Write the organ that a method starts from, outside the process that is measured; `None` if it needs none."""
@@ -350,13 +335,6 @@ class _Desk:
             organ = extract(self.directory.path, layers=layers, name="organ", trust_remote_code=self.trust)
             (as_identity(organ) if identity else organ).save(path)
         return str(path)
-
-
-def _read_kept(path: Path) -> Measured | None:
-    try:
-        return Measured.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValidationError):
-        return None
 
 
 def _search(desk: _Desk, methods: list[Method], tries: dict[str, list[Settings]], budget: int) -> list[Trial]:
@@ -423,7 +401,8 @@ def _measure(desk: _Desk, methods: list[Method], trials: list[Trial], seeds: int
     return runs
 
 
-def _versions() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
+    """Return the versions of what a run's result depends on."""
     found = versions()
     for name in ("peft", "accelerate"):
         try:
@@ -433,7 +412,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _machine() -> str:
+def machine_name() -> str:
+    """Return what computes here, in words."""
     import torch
 
     device = torch.accelerator.current_accelerator()

@@ -13,7 +13,7 @@ from neurograft.files import human_bytes
 from neurograft.training.comparison_results import Comparison, MethodReport, Spread, Trial
 from neurograft.training.search import Settings
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by colour-blind people too
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by colour-blind people too
 _AXES = ("seconds of training", "perplexity on validation text")
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _MARGIN = 760, 440, 70, 56, 24
 
@@ -133,21 +133,22 @@ def markdown(report: Comparison) -> str:
         [
             f"# Ways to adapt {report.model}\n",
             conditions(report) + "\n",
-            _markdown_table(*main_table(report)),
+            markdown_table(*main_table(report)),
             *failures,
             "## Time to each other's quality\n",
             "The row's method first came to the column's mean final perplexity on the validation text after so many "
             "seconds of training. With `standalone`, what counts is the organ put back, which is evaluated at the end "
             "only.\n",
-            _markdown_table(*time_table(report)),
+            markdown_table(*time_table(report)),
             "## The search\n",
-            _markdown_table(*search_table(report)),
+            markdown_table(*search_table(report)),
             f"{report.machine}; {where}.\n",
         ]
     )
 
 
-def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """Render a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
 
@@ -155,7 +156,7 @@ def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
 def _curves(report: Comparison) -> list[_Curve]:
     """Reduce the runs' curves over seeds; every run is evaluated at the same steps."""
     curves = []
-    for method, colour in zip(report.methods, _COLOURS, strict=False):
+    for method, colour in zip(report.methods, COLOURS, strict=False):
         runs = [r.measured for r in report.runs if r.method == method.method and r.measured is not None]
         runs = [run for run in runs if run.curve_counts and run.curve]
         points = list(zip(*(run.curve for run in runs), strict=False))

@@ -151,7 +151,7 @@ def _summary(
         settings=settings,
         runs=len(done),
         failed=asked - len(done),
-        perplexity={text: _of([run.perplexity[text] for run in done]) for text in first.perplexity},
+        perplexity={text: spread_of([run.perplexity[text] for run in done]) for text in first.perplexity},
         seconds=_spread([run.seconds for run in done]),
         seconds_with_evaluations=_spread([run.seconds_with_evaluations for run in done]),
         seconds_to={other: _reached(done, target) for other, target in targets.items()},
@@ -164,13 +164,14 @@ def _summary(
     )
 
 
-def _of(values: Sequence[float]) -> Spread:
+def spread_of(values: Sequence[float]) -> Spread:
+    """Reduce one figure of several runs, at least one."""
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return Spread(mean=statistics.fmean(values), deviation=deviation, low=min(values), high=max(values))
 
 
 def _spread(values: Sequence[float]) -> Spread | None:
-    return _of(values) if values else None
+    return spread_of(values) if values else None
 
 
 def _reached(runs: list[Measured], target: float) -> Reached:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -16,12 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from neurograft import data
 from neurograft.arithmetic import fast_float32
 from neurograft.data import PackedTokens
 from neurograft.errors import NeurograftError
+from neurograft.files import atomic_file
 from neurograft.loss import NextTokenLoss
 from neurograft.models import ModelDirectory, load_config, load_model, load_tokenizer
 from neurograft.training.baselines import METHODS, prepare
@@ -57,6 +59,8 @@ class Job(_Part):
     validation: list[str]
     evaluated: dict[str, list[str]] = {}
     """Documents to evaluate after training, under a name."""
+    watched_tokens: int = 0
+    """Tokens of the training text whose loss is measured at each held-out evaluation too."""
     trust_remote_code: bool = False
 
 
@@ -68,6 +72,8 @@ class Point(_Part):
     """Of training so far, held-out evaluations not counted."""
     perplexity: float
     """On the validation text."""
+    training: float | None = None
+    """Perplexity on a sample of the training text, where that is watched."""
 
 
 class Measured(_Part):
@@ -93,18 +99,37 @@ class Measured(_Part):
 
 
 class _TimedRun(TrainingRun):
-    """Notes when each held-out evaluation began, on a clock that stands still while one runs."""
+    """Notes when each held-out evaluation began, on a clock that stands still while one runs.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Args:
+        watched_tokens: Of the training text, whose loss is noted then too.
+        *args: As for `TrainingRun`.
+        **kwargs: As for `TrainingRun`.
+    """
+
+    def __init__(self, *args: Any, watched_tokens: int = 0, **kwargs: Any) -> None:
         self.started, self.evaluating, self.began = time.monotonic(), 0.0, dict[int, float]()
+        self.training_losses = dict[int, float]()
         super().__init__(*args, **kwargs)
+        self._watched = _some_rows(self.batches.training, watched_tokens)
 
     def held_out_loss(self) -> float:
         started = time.monotonic()
         self.began.setdefault(self.state.step, started - self.started - self.evaluating)
         loss = super().held_out_loss()
+        if self._watched is not None:
+            self.training_losses[self.state.step] = _mean_loss(self.loss, self._watched, self.batches.batch_size)
         self.evaluating += time.monotonic() - started
         return loss
+
+
+def _some_rows(packed: PackedTokens, tokens: int) -> PackedTokens | None:
+    """Return sequences from all over a text, with about as many tokens; `None` for none."""
+    if not tokens:
+        return None
+    rows = torch.randperm(len(packed.input_ids), generator=torch.Generator().manual_seed(0))
+    rows = rows[: max(1, tokens // packed.input_ids.shape[1])]
+    return PackedTokens(packed.input_ids[rows], packed.labels[rows], packed.input_ids[rows].numel())
 
 
 def measure(job: Job, show: Show | None = None) -> Measured:
@@ -139,7 +164,7 @@ def measure(job: Job, show: Show | None = None) -> Measured:
         seed=options.seed,
     )
     trainee = prepared.trainee
-    run = _TimedRun(model, trainee, batches, options, progress=_shower(show))
+    run = _TimedRun(model, trainee, batches, options, progress=_shower(show), watched_tokens=job.watched_tokens)
     run.train()
     elapsed = time.monotonic() - run.started
     peak = memory.peak()
@@ -149,7 +174,12 @@ def measure(job: Job, show: Show | None = None) -> Measured:
     return Measured(
         perplexity=_perplexities(model, tokenizer, job),
         curve=[
-            Point(step=step, seconds=run.began[step], perplexity=_perplexity(loss))
+            Point(
+                step=step,
+                seconds=run.began[step],
+                perplexity=_perplexity(loss),
+                training=_perplexity(run.training_losses[step]) if step in run.training_losses else None,
+            )
             for step, loss in run.state.held_out
             if math.isfinite(loss)
         ],
@@ -243,6 +273,45 @@ def _resident_peak() -> int:
 
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def measure_once(job: Job, what: dict[str, Any], folder: Path, title: str, *, isolated: bool) -> Measured:
+    """Run a job, or take what an earlier run of the same came to.
+
+    Args:
+        job: What to do.
+        what: All that the result depends on, as JSON can hold it.
+        folder: Where results and the run's cache are kept; its folder `runs` is there.
+        title: What to call the run.
+        isolated: Whether it has a process of its own.
+
+    Raises:
+        NeurograftError: It failed.
+    """
+    kept = folder / "runs" / f"{digest_of(what)[:32]}.json"
+    measured = _read_kept(kept)
+    if measured is not None:
+        log.info("%s: done before", title)
+        return measured
+    log.info("%s", title)
+    measure = measure_apart if isolated else measure_here
+    with own_cache(folder) as cache:
+        measured = measure(job, cache, lambda line: log.info("%s: %s", title, line))
+    with atomic_file(kept, overwrite=True) as temporary:
+        temporary.write_text(measured.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return measured
+
+
+def digest_of(what: Any) -> str:
+    """Return the SHA-256 of something that JSON can hold."""
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _read_kept(path: Path) -> Measured | None:
+    try:
+        return Measured.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValidationError):
+        return None
 
 
 @contextmanager

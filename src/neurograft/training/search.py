@@ -48,6 +48,25 @@ DECIDED_BY_PLAN = frozenset(
         "checkpoint_every",
     }
 )
+# Options of `train` that a study decides, or that have no meaning for it.
+DECIDED_BY_STUDY = frozenset(
+    {
+        "protocol",
+        "at",
+        "max_tokens",
+        "epochs",
+        "steps",
+        "seed",
+        "evaluations",
+        "patience",
+        "checkpoint_every",
+        "rank",
+        "host_precision",
+        "offload",
+        "log_to",
+        "log_dir",
+    }
+)
 # Options that are the same for every method, so that all see the same text in the same batches and are evaluated alike.
 SHARED_OPTIONS = (DECIDED_BY_COMPARE - {"lr"}) | {
     "sequence_length",
