@@ -125,13 +125,16 @@ def main() -> None:
     works["deploy"](place)  # loads everything that children then need not load
     shutil.rmtree(place)
     shutil.copytree(pristine, place, symlinks=True)
-    _, whole = fork(work, place, None)
+    whole = min(fork(works[kind], place, None)[1] for _ in range(3))
     shutil.rmtree(place)
-    chance = random.Random(0)
-    random_moments = [trial(work, work, Path(pristine), place, chance.uniform(0, whole)) for _ in range(int(count))]
-    steps = []
+    chance, random_moments = random.Random(0), list[dict[str, Any]]()
+    for _ in range(20 * int(count)):  # some moments come after the end of the work
+        random_moments.append(trial(work, work, Path(pristine), place, chance.uniform(0, whole)))
+        if sum(moment["killed"] for moment in random_moments) == int(count):
+            break
+    steps: list[dict[str, Any]] = []
     while not steps or steps[-1]["killed"]:
-        steps.append(trial(dying(work, len(steps) + 1), work, Path(pristine), place, None))
+        steps.append(trial(dying(work, len(steps) + 1), go_back, Path(pristine), place, None))
     json.dump({"whole": whole, "random": random_moments, "steps": steps}, sys.stdout)
 
 
