@@ -213,7 +213,10 @@ def evaluate(
         counter = token_counter(progress, documents, tokenizer, number, len(models))
         settings = {"sequence_length": sequence_length, "batch_size": batch_size, "progress": counter}
         scores.append(
-            {name: score_documents(loaded, tokenizer, name, texts, names[number], settings) for name, texts in documents.items()}
+            {
+                name: score_documents(loaded, tokenizer, name, texts, names[number], settings)
+                for name, texts in documents.items()
+            }
         )
         del loaded
     others: list[Scores | None] = [scores[1][name] if baseline is not None else None for name in documents]

@@ -50,7 +50,7 @@ def dying(work: Work, step: int) -> Work:
     def doomed(place: Path) -> None:
         left = step
 
-        def counted(function: Any, before: Callable[..., None] | None = None) -> Any:
+        def counted(function: Any, before: Callable[..., Any] | None = None) -> Any:
             def call(*arguments: Any, **options: Any) -> Any:
                 nonlocal left
                 left -= 1
@@ -68,7 +68,7 @@ def dying(work: Work, step: int) -> Work:
 
         def switching(*arguments: Any) -> Any:
             kept = os.symlink, os.rename, os.replace, os.write
-            os.symlink, os.rename, os.replace = map(counted, kept[:3])  # type: ignore[assignment]
+            os.symlink, os.rename, os.replace = counted(os.symlink), counted(os.rename), counted(os.replace)
             os.write = counted(write, lambda descriptor, line: write(descriptor, line[: len(line) // 2]))
             try:
                 return switch(*arguments)

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -128,7 +129,7 @@ def test_arguments_that_do_not_go_together(hospital: Path, tmp_path: Path, organ
     ):
         before = everything(hospital)
         with pytest.raises(UsageError, match=sentence):
-            deploy(to=hospital, **arguments)  # type: ignore[arg-type]
+            deploy(to=hospital, **arguments)
         assert everything(hospital) == before
     with pytest.raises(DeploymentError, match=r"none holds no deployment; start one with neurograft deploy"):
         deploy(organ, to=tmp_path / "none", gates=easy)
@@ -179,11 +180,11 @@ def test_a_rollback_meanwhile_ends_a_deployment(
 ) -> None:
     from neurograft.deployment import deploying
 
-    measure = deploying.measure
+    measure: Any = deploying.__dict__["measure"]
 
     def slow(*arguments: object, **options: object) -> object:
         rollback(hospital)
-        return measure(*arguments, **options)  # type: ignore[arg-type]
+        return measure(*arguments, **options)
 
     monkeypatch.setattr(deploying, "measure", slow)
     with pytest.raises(

@@ -48,10 +48,16 @@ def _gates(folder: Path, **values: object) -> Path:
 
 
 def test_a_local_task_is_answered_by_both_models(
-    tasks: Path, hospital: Path, organ: Organ, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tasks: Path,
+    hospital: Path,
+    organ: Organ,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     report = deploy(organ, to=hospital, gates=_gates(tasks, score="acc", questions=6), mode="insert")
+    assert capfd.readouterr().out == ""  # which --json needs for itself
     gate = report.gates[0]
     assert report.deployed and gate.items == 6 and gate.against == "0002-tiny"
     assert gate.better is not None and gate.worse is not None and gate.baseline is not None

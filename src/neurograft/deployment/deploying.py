@@ -21,7 +21,7 @@ from neurograft.deployment.measuring import judge, measure, needed, read_texts
 from neurograft.deployment.seals import check_files, seal_files
 from neurograft.errors import DeploymentError, UsageError
 from neurograft.files import atomic_directory
-from neurograft.manifest import RECORD_FILE, Mode
+from neurograft.manifest import RECORD_FILE, Mode, Operation
 from neurograft.model_files import plan_files, write_model
 from neurograft.models import resolve
 from neurograft.organ import Organ, clean_name, now, open_organ
@@ -229,22 +229,23 @@ def _stage_change(
     at, mode, link, trust_remote_code = options
     if organ is not None:
         path = staging / f"{current.number:04d}-{clean_name(organ.name)}"
-        transplant(organ, current.path, at=at, mode=mode, output=path, link=link, trust_remote_code=trust_remote_code)
-        manifest = organ.manifest
-        what = OrganInEntry(name=manifest.name, version=manifest.version, file_digest=manifest.file_digest)
-        return _sealed(path, "deploy", current.version, what)
-    record = read_record(current.path)
-    gone = next((op for op in (record.operations if record else []) if op.organ == remove), None)
+        record = transplant(
+            organ, current.path, at=at, mode=mode, output=path, link=link, trust_remote_code=trust_remote_code
+        )
+        return _sealed(path, "deploy", current.version, record.operations[-1])
     path = staging / f"{current.number:04d}-{clean_name(f'without-{remove}')}"
     remove_organ(current.path, organ=remove, output=path, link=link, trust_remote_code=trust_remote_code)
-    assert gone is not None  # else the removal raised
-    what = OrganInEntry(name=gone.organ, version=gone.organ_version, file_digest=gone.organ_file_digest)
-    return _sealed(path, "remove", current.version, what)
+    before = read_record(current.path)
+    assert before is not None  # else the removal raised
+    return _sealed(path, "remove", current.version, next(op for op in before.operations if op.organ == remove))
 
 
-def _sealed(path: Path, action: str, before: str | None, organ: OrganInEntry | None = None) -> _Staged:
+def _sealed(path: Path, action: str, before: str | None, operation: Operation | None = None) -> _Staged:
     """Digest a version before it is measured, so that what is deployed is what passed."""
     log.info("digesting %s", path.name)
+    organ = operation and OrganInEntry(
+        name=operation.organ, version=operation.organ_version, file_digest=operation.organ_file_digest
+    )
     return _Staged(
         path,
         Entry.model_validate(

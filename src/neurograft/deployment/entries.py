@@ -64,6 +64,7 @@ class OrganInEntry(_Part):
     """The organ that was put in or taken out."""
 
     name: Name
+    """Its name in the model, which has a number where another of that name was there."""
     version: str
     file_digest: Digest | None
 
