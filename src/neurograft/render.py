@@ -255,7 +255,7 @@ def removal(result: Removal) -> RenderableType:
 
 def report(written: ReportWritten) -> RenderableType:
     """Render what a report holds and where it is."""
-    kinds = ("models", "organs", "scans", "evaluations", "compositions", "comparisons", "studies")
+    kinds = ("models", "organs", "scans", "evaluations", "compositions", "comparisons", "plans", "studies")
     rows = [(kind, ", ".join(getattr(written, kind))) for kind in kinds if getattr(written, kind)]
     if written.prompts:
         rows.append(("prompts", str(written.prompts)))

@@ -15,6 +15,8 @@ from neurograft import evaluate, report, train, transplant
 from neurograft.cli import app
 from neurograft.errors import OrganFileError, UsageError
 from neurograft.organ import Organ
+from neurograft.placement.costs import Cost
+from neurograft.placement.proposal import PlanReport, Proposal
 from neurograft.placement.results import Place, PlaceScore, ScannedText, ScanReport
 
 SENTENCES = "".join(f"report {n}: a shadow of grade {n % 7} in the left lung\n\n" for n in range(40))
@@ -106,6 +108,22 @@ def test_everything_is_on_one_page(trained: Path, organ_file: Path, donor: Path,
     assert str(tmp_path) not in html  # nor where it lay
 
 
+def test_a_plan_is_shown_with_what_the_layers_say(tmp_path: Path) -> None:
+    cost = Cost(seconds=61.5, memory=2_000_000, bytes=3_000_000)
+    best = Proposal(layers="4:6", protocol="in_place", mode="replace", position=4, cost=cost, gradient=0.5, trial=17.25)
+    found = PlanReport(
+        model="tiny", layer_count=6, tokens=5000, steps=10, trial_tokens=300, budget={"seconds": 90}, untrained=40.5,
+        gradients=[1, 2, 3, 4, 5, 4], influence=[0.5, 0.1, 0.1, 0.1, 0.1, 0.2], best=best, proposals=[best], paper=best,
+        seconds=3.0, commands=["neurograft extract"],
+    )  # fmt: skip
+    (tmp_path / "plan.json").write_text(found.model_dump_json(), encoding="utf-8")
+    written = report(tmp_path / "plan.json", output=tmp_path / "page.html")
+    page = _Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert written.plans == ["plan"]
+    for words in ("layers 4:6, in_place, replace at position 4", "limits: seconds 90", "17.25", "40.50", "3.0 MB"):
+        assert words in page.text, words
+
+
 def test_an_organ_without_training_has_no_plot(organ_file: Path, tmp_path: Path) -> None:
     report(organ_file, output=tmp_path / "page.html", title="A & B")
     html = (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -133,7 +151,7 @@ def test_names_are_no_markup(organ: Organ, tmp_path: Path) -> None:
         ),
         (
             lambda folder: [_written(folder, "{}")],
-            "some.json is not what scan, compare, compose, study or evaluate print with --json",
+            "some.json is not what plan, scan, compare, compose, study or evaluate print with --json",
         ),
         (lambda folder: [_written(folder, "[" * 99_999)], "some.json is no organ file and no JSON"),
         (lambda folder: [_written(folder, "\x00")], "some.json is no organ file and no JSON"),

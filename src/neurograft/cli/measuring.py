@@ -285,7 +285,8 @@ def report(
         list[str],
         typer.Argument(
             metavar="SOURCE...",
-            help="Organ files, transplanted models, comparisons, studies, and what scan or evaluate print with --json.",
+            help="Organ files, transplanted models, comparisons, studies, and what plan, scan or evaluate print "
+            "with --json.",
         ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="HTML file to write.")],

@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from neurograft.manifest import Manifest, Mode, Origin
+from neurograft.placement.proposal import PlanReport
 from neurograft.placement.results import Place, ScanReport
 
 # Told apart by colour-blind people too, on light and on dark ground.
@@ -91,6 +92,25 @@ def positions(report: ScanReport, text: str) -> Any:
     ratios = [getattr(place, text).ratio for place in report.places if getattr(place, text) is not None]
     wide = max(ratios, default=1.0) > _WIDE
     figure.update_yaxes(title="perplexity, times the recipient's", type="log" if wide else "linear")
+    return figure
+
+
+def signals(report: PlanReport) -> Any:
+    """Draw what a plan measured of each layer: its gradient on the text and its influence, each over its largest."""
+    import plotly.graph_objects as plots
+
+    figure: Any = plots.Figure()
+    measured = (("squared gradient", report.gradients), ("block influence", report.influence))
+    for (name, values), colour in zip(measured, COLOURS, strict=False):
+        largest = max(values, default=0.0) or 1.0
+        figure.add_scatter(
+            x=list(range(len(values))), y=[value / largest for value in values], mode="lines+markers", name=name,
+            line_color=colour, customdata=values, hovertemplate="layer %{x}: %{customdata:.4g}",
+        )  # fmt: skip
+    start, _, stop = report.best.layers.partition(":")
+    figure.add_vrect(x0=int(start) - 0.5, x1=int(stop) - 0.5, fillcolor="#8a97a5", opacity=0.2, line_width=0)
+    figure.update_xaxes(title="layer")
+    figure.update_yaxes(title="of the largest", rangemode="tozero")
     return figure
 
 

@@ -7,7 +7,9 @@ from html import escape
 
 from neurograft.composition_report import CompositionReport
 from neurograft.evaluation import EvaluationReport
+from neurograft.files import human_bytes
 from neurograft.manifest import Evaluation, Manifest, Operation, Origin, SurgicalRecord
+from neurograft.placement.proposal import PlanReport, Proposal
 from neurograft.placement.results import Place, ScanReport
 from neurograft.reporting import pictures
 from neurograft.reporting.continuations import Continuation
@@ -154,6 +156,31 @@ def evaluation_section(name: str, report: EvaluationReport) -> str:
         ]
         parts.append(table(["gate", "verdict", "measured", "limit"], gates))
     return section(f"Evaluation {name}: {report.model}", *parts)
+
+
+def plan_section(name: str, report: PlanReport) -> str:
+    """Render a plan: what each organ that was tried will cost and promises, and what of the layers speaks for it."""
+    best = report.best
+    header = ["layers", "protocol", "seconds", "memory", "file", "perplexity after the trial"]
+    description = "squared gradient and block influence of each layer, each over its largest"
+    limits = ", ".join(f"{name} {amount:g}" for name, amount in report.budget.items()) or "none"
+    return section(
+        f"A plan: {name}",
+        paragraph(
+            f"For {report.model} and {report.tokens:,} training tokens (limits: {limits}): layers {best.layers}, "
+            f"{best.protocol}, {best.mode} at position {best.position}. Each organ was tried on "
+            f"{report.trial_tokens:,} tokens; the model as it is has a held-out perplexity of {report.untrained:.2f}."
+        ),
+        table(header, [_proposal_row(proposal) for proposal in report.proposals]),
+        section("What the layers say", plot(pictures.signals(report), description), level=3),
+    )
+
+
+def _proposal_row(proposal: Proposal) -> list[str]:
+    cost = proposal.cost
+    trial = "not tried" if proposal.trial is None else f"{proposal.trial:.2f}"
+    size = human_bytes(cost.bytes)
+    return [proposal.layers, proposal.protocol, f"{cost.seconds:,.0f}", human_bytes(cost.memory), size, trial]
 
 
 def scan_section(name: str, report: ScanReport) -> str:

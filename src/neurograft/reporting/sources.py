@@ -14,6 +14,7 @@ from neurograft.errors import UsageError
 from neurograft.evaluation import EvaluationReport
 from neurograft.manifest import Manifest, SurgicalRecord
 from neurograft.organ import read_manifest
+from neurograft.placement.proposal import PlanReport
 from neurograft.placement.results import ScanReport
 from neurograft.record import read_record
 from neurograft.study.results import CrossDomainReport
@@ -21,7 +22,9 @@ from neurograft.training.comparison_results import Comparison
 
 # A result is a few hundred KB at most; a larger file is something else, and is not read into memory.
 _LARGEST_RESULT = 64 << 20
-_RESULTS: tuple[type[BaseModel], ...] = (ScanReport, Comparison, EvaluationReport, CompositionReport, CrossDomainReport)
+_RESULTS: tuple[type[BaseModel], ...] = (
+    ScanReport, Comparison, EvaluationReport, CompositionReport, CrossDomainReport, PlanReport,
+)  # fmt: skip
 
 
 @dataclass
@@ -35,6 +38,7 @@ class Sources:
     evaluations: list[tuple[str, EvaluationReport]] = field(default_factory=list)
     compositions: list[tuple[str, CompositionReport]] = field(default_factory=list)
     studies: list[tuple[str, CrossDomainReport]] = field(default_factory=list)
+    plans: list[tuple[str, PlanReport]] = field(default_factory=list)
 
     @property
     def manifests(self) -> list[Manifest]:
@@ -50,7 +54,7 @@ def read_sources(paths: Sequence[str | Path]) -> Sources:
 
     Args:
         paths: Organ files (`.safetensors`), folders that `transplant`, `recover`, `compare` or `study` wrote, and
-            `.json` files with what `scan`, `compare`, `compose`, `study` or `evaluate` print with `--json`.
+            `.json` files with what `plan`, `scan`, `compare`, `compose`, `study` or `evaluate` print with `--json`.
 
     Raises:
         UsageError: There is none, or one is nothing of the kind.
@@ -89,6 +93,8 @@ def _read(path: Path, sources: Sources) -> None:
         sources.compositions.append((name, result))
     elif isinstance(result, CrossDomainReport):
         sources.studies.append((name, result))
+    elif isinstance(result, PlanReport):
+        sources.plans.append((name, result))
 
 
 def _explain_missing(path: Path) -> str:
@@ -106,7 +112,7 @@ def _read_result(path: Path) -> BaseModel:
     Raises:
         UsageError: It is none of them.
     """
-    wanted = "what scan, compare, compose, study or evaluate print with --json"
+    wanted = "what plan, scan, compare, compose, study or evaluate print with --json"
     if path.stat().st_size > _LARGEST_RESULT:
         raise UsageError(f"{path} is too large to be {wanted}.")
     try:

@@ -35,6 +35,7 @@ class ReportWritten(BaseModel):
     evaluations: list[str]
     compositions: list[str]
     studies: list[str]
+    plans: list[str]
     prompts: int
 
 
@@ -57,7 +58,7 @@ def report(
 
     Args:
         sources: Organ files, folders that `transplant`, `recover`, `compare` or `study` wrote, and JSON files with what
-            `scan`, `compare`, `compose`, `study` or `evaluate` print with `--json`.
+            `plan`, `scan`, `compare`, `compose`, `study` or `evaluate` print with `--json`.
         output: HTML file to write.
         title: Title of the page; left out, it names the sources.
         prompts: Texts that every transplanted model among the sources, and `recipient` before them, go on with.
@@ -107,6 +108,7 @@ def report(
         evaluations=[name for name, _ in found.evaluations],
         compositions=[name for name, _ in found.compositions],
         studies=[name for name, _ in found.studies],
+        plans=[name for name, _ in found.plans],
         prompts=len(prompts),
     )
 
@@ -116,6 +118,7 @@ def _sections(found: Sources) -> list[str]:
         *(sections.model_section(*each) for each in found.models),
         *(sections.evaluation_section(*each) for each in found.evaluations),
         *(sections.composition_section(*each) for each in found.compositions),
+        *(sections.plan_section(*each) for each in found.plans),
         *(sections.scan_section(*each) for each in found.scans),
         *(sections.organ_section(manifest) for manifest in found.manifests),
         *(sections.comparison_section(*each) for each in found.comparisons),
@@ -133,5 +136,6 @@ def _title(found: Sources) -> str:
         *(evaluation.model for _, evaluation in found.evaluations),
         *(f"several organs in {composition.recipient}" for _, composition in found.compositions),
         *(f"organs from another domain in {study.model}" for _, study in found.studies),
+        *(f"a plan for {plan.model}" for _, plan in found.plans),
     ]
     return ", ".join(dict.fromkeys(names[:3])) + (", and more" if len(names) > 3 else "")
