@@ -144,6 +144,7 @@ class Scores:
 
     @property
     def perplexity(self) -> float:
+        """Over all tokens."""
         return math.exp(min(self.losses.sum() / self.tokens.sum(), 700))
 
 
