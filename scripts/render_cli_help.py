@@ -19,7 +19,7 @@ everything else to standard error; with `--json`, standard output is one JSON do
 | exit status | meaning |
 |---|---|
 | 0 | done |
-| 1 | the verdict is no: an organ does not fit (`check`), a gate fails (`evaluate`), a target is missed (`demo`) |
+| 1 | the verdict is no: an organ does not fit (`check`), a gate fails (`evaluate`, `deploy`), `demo` misses a target |
 | 2 | an error: one sentence on standard error says what is wrong, and nothing was written |
 | 130 | interrupted; nothing was written |
 

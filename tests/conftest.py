@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -13,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from neurograft import extract
+from deployments import write_gates
+from neurograft import deploy, extract
 from neurograft.organ import Organ
 from tiny import make_tokenizer, save_model
 
@@ -61,6 +63,19 @@ def organ_file(organ: Organ, tmp_path: Path) -> Path:
     path = tmp_path / "organ.safetensors"
     organ.save(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def _deployed(tmp_path_factory: pytest.TempPathFactory, recipient: Path, organ: Organ) -> Path:
+    folder = tmp_path_factory.mktemp("deployed")
+    assert deploy(organ, to=folder / "hospital", recipient=recipient, gates=write_gates(folder), at=1).deployed
+    return folder / "hospital"
+
+
+@pytest.fixture
+def hospital(_deployed: Path, tmp_path: Path) -> Path:
+    """A deployment: version 1 is the recipient, version 2 has the organ and is deployed."""
+    return Path(shutil.copytree(_deployed, tmp_path / "hospital", symlinks=True))
 
 
 @pytest.fixture(scope="session")

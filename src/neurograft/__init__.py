@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from neurograft.compat import check as check
     from neurograft.composition import compose as compose
     from neurograft.demonstration import demo as demo
+    from neurograft.deployment.deploying import deploy as deploy
+    from neurograft.deployment.rolling_back import history as history
+    from neurograft.deployment.rolling_back import rollback as rollback
     from neurograft.evaluation import evaluate as evaluate
     from neurograft.extraction import extract as extract
     from neurograft.merging import merge as merge
@@ -59,21 +62,24 @@ _HOMES = {
     "compare": "training.comparison:compare",
     "compose": "composition:compose",
     "demo": "demonstration:demo",
+    "deploy": "deployment.deploying:deploy",
     "detach": "surgery:detach",
     "evaluate": "evaluation:evaluate",
     "extract": "extraction:extract",
     "graft": "surgery:graft",
+    "history": "deployment.rolling_back:history",
     "inspect": "organ:read_manifest",
     "list": "bank.cataloguing:list_organs",
     "merge": "merging:merge",
     "plan": "placement.proposal:plan",
-    "provenance": "trust.provenance:provenance",
     "plant": "privacy.canaries:plant",
+    "provenance": "trust.provenance:provenance",
     "pull": "bank.moving:pull",
     "push": "bank.moving:push",
     "recover": "recovery:recover",
     "remove": "removal:remove",
     "report": "reporting.writing:report",
+    "rollback": "deployment.rolling_back:rollback",
     "scan": "placement.scan:scan",
     "sign": "trust.signing:sign",
     "study_cross_domain": "study.cross_domain:study_cross_domain",

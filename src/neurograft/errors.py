@@ -33,6 +33,18 @@ class VerificationError(NeurograftError, RuntimeError):
     """A result was computed or written, checked, and found not to be what was promised."""
 
 
+class DeploymentError(NeurograftError, RuntimeError):
+    """A deployment folder does not allow what was asked for; nothing was changed."""
+
+
+class DeploymentBusyError(DeploymentError):
+    """Another operator is at work on the same deployment folder."""
+
+
+class HistoryError(DeploymentError, ValueError):
+    """The history of a deployment was altered, or is not that of what is deployed."""
+
+
 class BankError(NeurograftError, RuntimeError):
     """Something is wrong with an organ bank; the kinds below say what."""
 

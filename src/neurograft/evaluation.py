@@ -132,7 +132,7 @@ def parse_data_arguments(arguments: Sequence[str]) -> dict[str, list[str]]:
 
 
 @dataclass(frozen=True)
-class _Scores:
+class Scores:
     """Losses of one model on one data set, a number a document."""
 
     losses: numpy.ndarray
@@ -144,6 +144,7 @@ class _Scores:
 
     @property
     def perplexity(self) -> float:
+        """Over all tokens."""
         return math.exp(min(self.losses.sum() / self.tokens.sum(), 700))
 
 
@@ -204,19 +205,22 @@ def evaluate(
         for candidate in given
     ]
     sequence_length = _window_length(models, names, sequence_length, trust_remote_code)
-    scores: list[dict[str, _Scores]] = []
+    scores: list[dict[str, Scores]] = []
     for number, candidate in enumerate(models):
         log.info("evaluating %s", names[number])
-        loaded, tokenizer = _load(candidate, trust_remote_code)
+        loaded, tokenizer = load_to_score(candidate, trust_remote_code)
         if number == 0:
-            documents = {name: _first_documents(texts, tokenizer, max_tokens) for name, texts in documents.items()}
-        counter = _counter(progress, documents, tokenizer, number, len(models))
+            documents = {name: first_documents(texts, tokenizer, max_tokens) for name, texts in documents.items()}
+        counter = token_counter(progress, documents, tokenizer, number, len(models))
         settings = {"sequence_length": sequence_length, "batch_size": batch_size, "progress": counter}
         scores.append(
-            {name: _score(loaded, tokenizer, name, texts, names[number], settings) for name, texts in documents.items()}
+            {
+                name: score_documents(loaded, tokenizer, name, texts, names[number], settings)
+                for name, texts in documents.items()
+            }
         )
         del loaded
-    others: list[_Scores | None] = [scores[1][name] if baseline is not None else None for name in documents]
+    others: list[Scores | None] = [scores[1][name] if baseline is not None else None for name in documents]
     results = {
         name: _result(name, scores[0][name], other, seed, bootstrap_samples)
         for name, other in zip(documents, others, strict=True)
@@ -265,7 +269,8 @@ def _name(model: str | Path | LoadedModel) -> str:
     return path.name if path.exists() else str(model)
 
 
-def _load(model: ModelDirectory | LoadedModel, trust_remote_code: bool) -> LoadedModel:
+def load_to_score(model: ModelDirectory | LoadedModel, trust_remote_code: bool) -> LoadedModel:
+    """Load a model and its tokenizer, on the accelerator if there is one; what is loaded already stays where it is."""
     import torch
 
     if isinstance(model, tuple):
@@ -276,7 +281,7 @@ def _load(model: ModelDirectory | LoadedModel, trust_remote_code: bool) -> Loade
     return loaded, tokenizer
 
 
-def _first_documents(documents: list[str], tokenizer: Any, limit: int | None) -> list[str]:
+def first_documents(documents: list[str], tokenizer: Any, limit: int | None) -> list[str]:
     """Return whole documents from the start until there are `limit` tokens; at least one."""
     if limit is None:
         return documents
@@ -289,7 +294,7 @@ def _first_documents(documents: list[str], tokenizer: Any, limit: int | None) ->
     return chosen
 
 
-def _counter(
+def token_counter(
     progress: Progress | None, documents: Mapping[str, list[str]], tokenizer: Any, number: int, models: int
 ) -> Callable[[int], None] | None:
     """Return a function that adds tokens to a running total over all models and data sets, and reports it."""
@@ -306,9 +311,23 @@ def _counter(
     return count
 
 
-def _score(
+def score_documents(
     model: PreTrainedModel, tokenizer: Any, name: str, documents: list[str], model_name: str, settings: dict[str, Any]
-) -> _Scores:
+) -> Scores:
+    """Return the losses of one model on the documents of one data set.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        name: The data set's name, in messages.
+        documents: Its texts.
+        model_name: The model's name, in messages.
+        settings: Further arguments of `document_losses`.
+
+    Raises:
+        ModelError: A loss is not finite.
+        DataError: The texts hold no token.
+    """
     import numpy
 
     token_lists = text_data.tokenize_documents(documents, tokenizer)
@@ -321,7 +340,7 @@ def _score(
         )
     if tokens.sum() == 0:
         raise DataError(f"the tokenizer of {model_name} makes no tokens of {name}.")
-    return _Scores(losses, tokens, numpy.array([len(document.encode()) for document in documents]))
+    return Scores(losses, tokens, numpy.array([len(document.encode()) for document in documents]))
 
 
 @dataclass(frozen=True)
@@ -415,7 +434,7 @@ def batch_tensors(batch: Sequence[Window], padding: int) -> tuple[torch.Tensor, 
     return ids, labels, mask
 
 
-def _result(name: str, own: _Scores, other: _Scores | None, seed: int, samples: int) -> DataSetResult:
+def _result(name: str, own: Scores, other: Scores | None, seed: int, samples: int) -> DataSetResult:
     """Reduce scores to perplexities, ratio and intervals; both models' intervals are over the same draws of
     documents.
     """
@@ -443,7 +462,7 @@ def _result(name: str, own: _Scores, other: _Scores | None, seed: int, samples: 
     )
 
 
-def _log_ratio(own: _Scores, other: _Scores, draws: numpy.ndarray, comparable: bool) -> numpy.ndarray:
+def _log_ratio(own: Scores, other: Scores, draws: numpy.ndarray, comparable: bool) -> numpy.ndarray:
     """Return the log of the perplexity ratio for each draw of documents, (samples, D) -> (samples,).
 
     Where the tokenizers differ, losses are compared per byte of text and scaled by the baseline's bytes per token,

@@ -4,7 +4,7 @@ torch and everything that imports it are imported inside the commands, so that `
 are listed in the order in which their modules are imported here.
 """
 
-from neurograft.cli import organs, training, surgery, measuring, study, privacy, bank, trust, housekeeping  # noqa: F401, I001
+from neurograft.cli import organs, training, surgery, measuring, study, deployment, privacy, bank, trust, housekeeping  # noqa: F401, I001
 from neurograft.cli.application import app, main
 
 __all__ = ["app", "main"]

@@ -37,15 +37,28 @@ def ratio_intervals(
         error: How often the true ratio of a place may lie outside its interval.
         seed: Seed of the draws; the same for all places.
     """
-    differences = (losses - reference).T  # (U, N)
-    drawn = numpy.concatenate(
-        [counts @ differences / (counts @ tokens)[:, None] for counts in _draws(len(tokens), seed)]
+    return Intervals(
+        *(numpy.exp(numpy.clip(value, -700, 700)) for value in mean_intervals(losses - reference, tokens, error, seed))
     )
-    # The spread among a few pieces of text is less than that of what they stand for.
-    middle, wider = differences.sum(0) / tokens.sum(), numpy.sqrt(len(tokens) / max(len(tokens) - 1, 1))
+
+
+def mean_intervals(
+    values: numpy.ndarray, weights: numpy.ndarray, error: float, seed: int
+) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+    """Return weighted means and their limits, (N,) each, by drawing units anew.
+
+    Args:
+        values: (N, U) sums over each unit, such as a piece of text or a question.
+        weights: (U,) what each unit counts, such as its tokens.
+        error: How often the true mean may lie outside its interval.
+        seed: Seed of the draws.
+    """
+    sums = values.T  # (U, N)
+    drawn = numpy.concatenate([counts @ sums / (counts @ weights)[:, None] for counts in _draws(len(weights), seed)])
+    # The spread among a few units is less than that of what they stand for.
+    middle, wider = sums.sum(0) / weights.sum(), numpy.sqrt(len(weights) / max(len(weights) - 1, 1))
     low, high = numpy.quantile(drawn, [error / 2, 1 - error / 2], axis=0)
-    low, high = middle + (low - middle) * wider, middle + (high - middle) * wider
-    return Intervals(*(numpy.exp(numpy.clip(value, -700, 700)) for value in (middle, low, high)))
+    return middle, middle + (low - middle) * wider, middle + (high - middle) * wider
 
 
 def _draws(units: int, seed: int) -> Iterator[numpy.ndarray]:

@@ -1,0 +1,1 @@
+"""Deployment of models with organs, through gates, with a history and a way back."""

@@ -1,0 +1,66 @@
+"""The gates file: what it may say, and one sentence for everything else."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from neurograft.deployment.gates import PerplexityGate, RetentionGate, TaskGate, read_gates
+from neurograft.errors import GateError
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "deployment.md"
+
+
+def _write(folder: Path, text: str) -> Path:
+    (folder / "gates.yaml").write_text(text, encoding="utf-8")
+    return folder / "gates.yaml"
+
+
+def test_the_example_in_the_documentation_can_be_read(tmp_path: Path) -> None:
+    example = re.search(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+    assert example is not None
+    read = read_gates(_write(tmp_path, example[1]))
+    assert {type(gate) for gate in read.gates.values()} == {PerplexityGate, RetentionGate, TaskGate}
+    assert len(read.digest) == 64
+
+
+def test_paths_are_beside_the_file(tmp_path: Path) -> None:
+    (tmp_path / "here.txt").write_text("x")
+    text = 'gates:\n  a: {metric: perplexity, data: [here.txt, org/set], limit: "<9"}\n'
+    read = read_gates(_write(tmp_path, text))
+    gate = read.gates["a"]
+    assert isinstance(gate, PerplexityGate) and read.paths(gate) == [str(tmp_path / "here.txt"), "org/set"]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("gates: {a: {metric: bleu}}", "the gate a of .* has the metric 'bleu'; known are perplexity, retention, task"),
+        ("gates: {a: {task: x}}", "the gate a of .* has no metric; known are perplexity"),
+        ("gates: {a: {metric: retention, dta: x}}", "the gate a of .* has the unknown key 'dta'; known are data,"),
+        ("gates: {a: {metric: perplexity, data: x}}", "the gate a of .* lacks limit"),
+        ('gates: {a: {metric: perplexity, data: x, limit: "~9"}}', "the gate 'a~9' can't be read"),
+        ("gates: {a: {metric: retention, data: x, tolerance: -1}}", "a of .*: tolerance: .*greater than or equal"),
+        ("gates: {a: {metric: task, task: x, require: good}}", "the gate a of .*: require: .*'better' or 'not_worse'"),
+        ("gates: {a: {metric: task, task: x, require: better, tolerance: 0.1}}", "goes with require: not_worse"),
+        ("gates: {a b: {metric: task, task: x}}", "the gate a b of .* has a name that is none"),
+        ("gate: {a: {metric: task, task: x}}", "has the unknown key 'gate'; known are settings, gates"),
+        ("settings: {seed: -1}\ngates: {a: {metric: task, task: x}}", "the settings of .*: seed: "),
+        ("settings: {sed: 1}\ngates: {a: {metric: task, task: x}}", "the settings of .* unknown key 'sed'; known are"),
+        ("gates: {}", "has no gates"),
+        ("- a", "has no gates"),
+        ("gates: [", "the gates file .* can't be read: "),
+        ("gates:\n  a: {metric: task, task: x}\n  a: {metric: task, task: y}\n", "has a twice in the same place"),
+    ],
+)  # fmt: skip
+def test_refusals(tmp_path: Path, text: str, sentence: str) -> None:
+    with pytest.raises(GateError, match=sentence) as caught:
+        read_gates(_write(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_said_to_be(tmp_path: Path) -> None:
+    with pytest.raises(GateError, match=r"the gates file .*none.yaml can't be read: No such file"):
+        read_gates(tmp_path / "none.yaml")

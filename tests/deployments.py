@@ -1,0 +1,33 @@
+"""What the tests of deployments share: a gates file, and everything that is in a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from neurograft.files import file_sha256
+
+EASY = "<=100*baseline"
+IMPOSSIBLE = "<=0.01*baseline"
+
+
+def write_gates(folder: Path, limit: str = EASY) -> Path:
+    """Write a gates file with one limit of perplexity, and its text."""
+    text = "\n\n".join(f"report {number}: the lung is {number * 7919 % 31} and clear" for number in range(12))
+    (folder / "reports.txt").write_text(text, encoding="utf-8")
+    path = folder / "gates.yaml"
+    path.write_text(
+        f'gates:\n  reports:\n    metric: perplexity\n    data: reports.txt\n    limit: "{limit}"\n', encoding="utf-8"
+    )
+    return path
+
+
+def everything(folder: Path) -> dict[str, str]:
+    """Return every file and link below a folder, with digest or target; locks, which hold nothing, aside."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_symlink():
+            found[name] = str(path.readlink())
+        elif path.suffix != ".lock":
+            found[name] = "a folder" if path.is_dir() else file_sha256(path)
+    return found
