@@ -12,7 +12,7 @@ TORCH ?= 2.13.0
 # An environment knows its own path, so a copied or moved checkout gets its installation repaired.
 STAMP := .venv/.installed-$(shell pwd | cksum | cut -d ' ' -f 1)
 
-.PHONY: help venv test browser registry lint format docs cli-docs demo lock clean
+.PHONY: help venv test fuzz browser registry lint format docs cli-docs demo lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,6 +44,10 @@ browser:  ## install Debian's chromium, in which `make test` then looks at repor
 
 registry:  ## install Debian's docker-registry, against which `make test` then runs banks (needs apt and its rights)
 	@command -v docker-registry >/dev/null || { apt-get update -q && apt-get install -y -q --no-install-recommends docker-registry; }
+
+fuzz: venv  ## alter a hundred thousand files for every reader, then let atheris look for more, a minute for each
+	$(PIP) install --quiet atheris==3.0.0
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzzing.py --guided 60
 
 lint: venv  ## style, formatting and types
 	$(BIN)/python -m ruff check .
