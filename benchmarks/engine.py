@@ -34,7 +34,6 @@ TRIED: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
         ("10:30", "organ", {"layers": TOP_TWENTY}),
     ],
     "LoRA": [
-        ("rank 16, lr 0.001", "lora", {"rank": 16, "lr": 1e-3}),
         ("rank 16, lr 0.002", "lora", {"rank": 16, "lr": 2e-3}),
         ("rank 16, lr 0.004", "lora", {"rank": 16, "lr": 4e-3}),
         ("rank 64, lr 0.002", "lora", {"rank": 64, "lr": 2e-3}),
@@ -43,7 +42,6 @@ TRIED: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
         ("10:30, lr 0.0003", "organ", {"layers": TOP_TWENTY, "lr": 3e-4}),
         ("10:30, lr 0.0008", "organ", {"layers": TOP_TWENTY, "lr": 8e-4}),
         ("20:30, lr 0.0005", "organ", {"layers": TOP_TEN, "lr": 5e-4}),
-        ("20:30, lr 0.0016", "organ", {"layers": TOP_TEN, "lr": 1.6e-3}),
     ],
     "what of the layers trains": [
         ("10:30, attention", "organ", {"layers": TOP_TWENTY, "train": "attention"}),
@@ -57,22 +55,14 @@ TRIED: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
     ],
     "size of a step": [
         ("10:30, 2 sequences", "organ", {"layers": TOP_TWENTY, "batch_size": 2}),
-        ("10:30, 8 sequences", "organ", {"layers": TOP_TWENTY, "batch_size": 8}),
         ("LoRA, 2 sequences", "lora", {"rank": 16, "lr": 2e-3, "batch_size": 2}),
-        ("LoRA, 8 sequences", "lora", {"rank": 16, "lr": 2e-3, "batch_size": 8}),
     ],
     "optimizer, schedule, average": [
         ("20:30, Muon", "organ", {"layers": TOP_TEN, "optimizer": "muon"}),
-        ("20:30, Adafactor, lr 0.003", "organ", {"layers": TOP_TEN, "optimizer": "adafactor", "lr": 3e-3}),
         ("20:30, Adafactor, lr 0.01", "organ", {"layers": TOP_TEN, "optimizer": "adafactor", "lr": 1e-2}),
         ("20:30, anchor 30", "organ", {"layers": TOP_TEN, "anchor": 30.0}),
         ("20:30, average 0.98", "organ", {"layers": TOP_TEN, "average": 0.98}),
         ("20:30, WSD", "organ", {"layers": TOP_TEN, "schedule": "wsd"}),
-        ("20:30, linear", "organ", {"layers": TOP_TEN, "schedule": "linear"}),
-    ],
-    "arithmetic": [
-        ("10:30, float32", "organ", {"layers": TOP_TWENTY, "precision": "float32"}),
-        ("LoRA, float32", "lora", {"rank": 16, "lr": 2e-3, "precision": "float32"}),
     ],
 }
 
