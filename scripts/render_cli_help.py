@@ -21,7 +21,7 @@ everything else to standard error; with `--json`, standard output is one JSON do
 | 0 | done |
 | 1 | the verdict is no: an organ does not fit (`check`), a gate fails (`evaluate`, `deploy`), `demo` misses a target |
 | 2 | an error: one sentence on standard error says what is wrong, and nothing was written |
-| 130 | interrupted; nothing was written |
+| 130 | interrupted; nothing was written but what the same command goes on from, if it says so |
 
 With `NEUROGRAFT_TRACEBACK=1` in the environment, an unexpected error also shows where it came from.
 """

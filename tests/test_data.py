@@ -155,3 +155,9 @@ def test_tokens(tokenizer: Any) -> None:
 def test_fingerprint_knows_order_and_boundaries() -> None:
     prints = {fingerprint(documents) for documents in (["a", "b"], ["b", "a"], ["ab"], ["a", "b", ""], ["a"])}
     assert len(prints) == 5
+
+
+def test_an_empty_separator_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("one\n\ntwo")
+    with pytest.raises(DataError, match="separator is empty"):
+        read_documents(tmp_path / "text.txt", document_separator="")

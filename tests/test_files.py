@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from neurograft.files import atomic_directory, atomic_file
+from neurograft.errors import UsageError
+from neurograft.files import atomic_directory, atomic_file, check_output_file
 
 KILLED = """
 import os, signal, sys
@@ -37,3 +38,9 @@ def test_what_a_killed_process_left_goes_and_what_is_in_use_stays(write: Any, tm
             assert not left.exists() and first.exists()
             second.write_text("second") if write is atomic_file else (second / "config.json").touch()
     assert sorted(path.name for path in tmp_path.iterdir()) == [".other.0123abcd.tmp", "new"]
+
+
+def test_a_file_is_no_folder_to_write_into(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="file is a file, so nothing can be written into it"):
+        check_output_file(tmp_path / "file" / "new", overwrite=False)

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from neurograft.checkpoint import open_checkpoint
-from neurograft.errors import ModelError
-from neurograft.models import load_model, load_tokenizer, resolve
+from neurograft.errors import ModelError, UsageError
+from neurograft.models import cache_directory, load_model, load_tokenizer, resolve
 from tiny import make_model
 
 
@@ -129,3 +129,11 @@ def test_tokenizers(copy: Path, tmp_path: Path) -> None:
 
 def test_names_that_travel_hold_no_path(copy: Path) -> None:
     assert resolve(copy).name == "model"
+
+
+def test_a_cache_that_can_be_no_folder_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        monkeypatch.setenv("NEUROGRAFT_CACHE", str(place))
+        with pytest.raises(UsageError, match="file is a file; set NEUROGRAFT_CACHE to a folder"):
+            cache_directory()

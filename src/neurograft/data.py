@@ -50,6 +50,8 @@ def read_documents(
     Raises:
         DataError: One sentence names the file and says what is wrong with it.
     """
+    if document_separator == "":
+        raise DataError("the document separator is empty; give what stands between documents, or leave it out.")
     several = [paths] if isinstance(paths, (str, Path)) else list(paths)
     documents: list[str] = []
     for path in several:

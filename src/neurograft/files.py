@@ -165,6 +165,12 @@ def _swap_in(temporary: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _explain_no_folder(folder: Path) -> str:
+    if folder.exists():
+        return f"{folder} is a file, so nothing can be written into it; give a folder."
+    return f"the folder {folder} does not exist; create it first."
+
+
 def check_output_file(path: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
     """Refuse an output file that exists (unless `overwrite`) or whose folder does not.
 
@@ -179,7 +185,7 @@ def check_output_file(path: Path, *, overwrite: bool, inputs: Iterable[Path] = (
     if path.exists() and not overwrite:
         raise UsageError(f"{path} exists already; choose another name or pass --overwrite.")
     if not path.parent.is_dir():
-        raise UsageError(f"the folder {path.parent} does not exist; create it first.")
+        raise UsageError(_explain_no_folder(path.parent))
 
 
 def check_output_directory(path: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
@@ -198,7 +204,7 @@ def check_output_directory(path: Path, *, overwrite: bool, inputs: Iterable[Path
     if path.exists() and any(path.iterdir()) and not (path / "config.json").is_file():
         raise UsageError(f"{path} exists and is no model directory (no config.json), so it is not overwritten.")
     if not path.parent.is_dir():
-        raise UsageError(f"the folder {path.parent} does not exist; create it first.")
+        raise UsageError(_explain_no_folder(path.parent))
 
 
 def refuse_overlap(path: Path, inputs: Iterable[Path]) -> None:

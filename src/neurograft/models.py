@@ -53,9 +53,19 @@ class ModelDirectory:
 
 
 def cache_directory() -> Path:
-    """Return the folder for what can be made again: `$NEUROGRAFT_CACHE`, or `neurograft` in the user's cache folder."""
+    """Return the folder for what can be made again: `$NEUROGRAFT_CACHE`, or `neurograft` in the user's cache folder.
+
+    Raises:
+        UsageError: It, or what it would lie in, is a file.
+    """
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neurograft"
-    return Path(os.environ.get("NEUROGRAFT_CACHE") or default)
+    folder = Path(os.environ.get("NEUROGRAFT_CACHE") or default)
+    for path in (folder, *folder.parents):
+        if path.is_dir():
+            break
+        if path.exists():
+            raise UsageError(f"the cache can't lie in {folder}: {path} is a file; set NEUROGRAFT_CACHE to a folder.")
+    return folder
 
 
 def resolve(reference: str | Path, *, trust_remote_code: bool = False) -> ModelDirectory:

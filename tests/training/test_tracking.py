@@ -79,3 +79,13 @@ def test_nothing_is_logged_unasked(
     monkeypatch.chdir(tmp_path)
     train(organ, host=donor, data=text, **OPTIONS)
     assert [path.name for path in tmp_path.iterdir()] == ["reports.jsonl"]
+
+
+def test_logs_go_into_a_folder(organ: Organ, donor: Path, text: Path) -> None:
+    with pytest.raises(UsageError, match="is a file; give a folder"):
+        train(organ, host=donor, data=text, log_to="tensorboard", log_dir=text, **OPTIONS)
+
+
+def test_a_step_goes_over_the_text_once(organ: Organ, donor: Path, text: Path) -> None:
+    with pytest.raises(UsageError, match=r"an optimizer step would take 5000 x \d+ sequences, and the text fills"):
+        train(organ, host=donor, data=text, **{**OPTIONS, "accumulate": 5000})

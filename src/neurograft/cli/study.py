@@ -32,7 +32,11 @@ def cross_domain(
     model: Model,
     domain: Annotated[
         list[str],
-        typer.Option("--domain", metavar="NAME=PATH", help="Text that an organ is trained on before. Repeatable."),
+        typer.Option(
+            "--domain",
+            metavar="NAME=PATH",
+            help="Text that an organ is trained on before. Repeatable.",
+        ),
     ],
     data: Annotated[
         list[str], typer.Option("--data", metavar="PATH", help="Text of the small target domain. Repeatable.")

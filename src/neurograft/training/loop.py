@@ -94,7 +94,11 @@ class Batches:
 
     @classmethod
     def build(cls, texts: Texts, tokenizer: Any, options: TrainingOptions) -> Batches:
-        """Tokenize and pack the text, and work out how many steps there will be."""
+        """Tokenize and pack the text, and work out how many steps there will be.
+
+        Raises:
+            UsageError: Accumulation would go over the text several times in one step.
+        """
         separator, length = data.separator_token(tokenizer), options.sequence_length
         training = data.pack(
             data.tokenize_documents(texts.training, tokenizer), sequence_length=length, separator_id=separator
@@ -105,6 +109,11 @@ class Batches:
             separator_id=separator,
         )
         step_size = options.batch_size * options.accumulate
+        if options.accumulate > 1 and step_size > len(training.input_ids):
+            raise UsageError(
+                f"an optimizer step would take {options.accumulate} x {options.batch_size} sequences, and the text "
+                f"fills {len(training.input_ids)}; give a smaller --accumulate or --batch-size."
+            )
         an_epoch = len(training.input_ids) / step_size
         if options.steps is not None:
             steps = options.steps

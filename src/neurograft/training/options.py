@@ -112,7 +112,8 @@ class TrainingOptions(BaseModel):
     def _one_limit(self) -> TrainingOptions:
         given = [name for name in ("max_tokens", "epochs", "steps") if getattr(self, name) is not None]
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} both say when to stop; give one")
+            names = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ValueError(f"{names} say when to stop, each in its own way; give one")
         if self.offload and self.cache_prefix == "never":
             raise ValueError("offload keeps on disk what enters the organ, and cache_prefix never forbids that")
         if self.rank is not None and self.strength < 1:

@@ -70,7 +70,7 @@ def check_tracker(options: TrainingOptions) -> None:
     """Refuse to log to what is not installed, and tell trackio where to write.
 
     Raises:
-        UsageError: The package is missing, or trackio writes somewhere else already.
+        UsageError: The package is missing, the folder is a file, or trackio writes somewhere else already.
     """
     if options.log_to is None:
         return
@@ -79,6 +79,8 @@ def check_tracker(options: TrainingOptions) -> None:
             f"--log-to {options.log_to} needs a package that is not installed: pip install "
             f"'neurograft[{options.log_to}]'."
         )
+    if options.log_dir.exists() and not options.log_dir.is_dir():
+        raise UsageError(f"--log-dir {options.log_dir} is a file; give a folder.")
     if options.log_to == "trackio":
         _place_trackio(options.log_dir)
 
