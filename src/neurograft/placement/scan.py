@@ -301,8 +301,11 @@ class _Case:
 def _recovering(texts: _Texts, tokens: int | None, seed: int, config: Any, name: str) -> Recovering | None:
     if tokens is None:
         return None
-    # Nothing stops early: every place gets the same.
-    options = parse_options(max_tokens=tokens, seed=seed, evaluations=1, eval_tokens=2048, patience=2)
+    # Nothing stops early: every place gets the same. Which arithmetic is fastest, each worker would measure for itself,
+    # and places that were trained in another one could not be told apart from places that are better.
+    options = parse_options(
+        max_tokens=tokens, seed=seed, evaluations=1, eval_tokens=2048, patience=2, precision="float32"
+    )
     parts = split_documents(texts.recovery, held_out=options.held_out, seed=seed)
     return Recovering(Texts(*parts), fit_to_model(options, config, name))
 
