@@ -1,4 +1,7 @@
-"""Everything that reads a file from elsewhere: how such a file looks, and what reads it."""
+"""What reads files from elsewhere: how such a file looks, and what reads it.
+
+Not here: GGUF files, which the package `gguf` reads, and data sets.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gguf_writer import convert
 from neurograft import evaluate, extract, push, transplant
 from neurograft.bank.entries import parse_entry
 from neurograft.checkpoint import read_index
 from neurograft.errors import NeurograftError
-from neurograft.gguf_files import dequantises_easily
 from neurograft.organ import read_manifest, read_organ
 from neurograft.record import read_record
 from neurograft.reporting.sources import read_sources
@@ -47,7 +48,6 @@ def make_readers(folder: Path) -> list[Reader]:
     text.write_text("a shadow\n\na lung\n\na nodule", encoding="utf-8")
     measured = evaluate(donor, data={"words": text}).model_dump_json().encode()
     make_model("llama").save_pretrained(folder / "sharded", max_shard_size="40kB")
-    convert(donor, folder / "model.gguf")
     state = RunState(key="key", held_out=[(0, 2.5)])
     save_state(folder / "state.resume", state, {name: value for name, value in cut.tensors.items() if value.ndim == 1})
     index = "model.safetensors.index.json"
@@ -67,7 +67,6 @@ def make_readers(folder: Path) -> list[Reader]:
             "state of an interrupted run", "organ.resume", (folder / "state.resume").read_bytes(),
             lambda path: load_state(path, "key"),
         ),
-        Reader("GGUF model", "model.gguf", (folder / "model.gguf").read_bytes(), dequantises_easily),
     ]  # fmt: skip
 
 

@@ -26,7 +26,7 @@ def all_readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
 
 NAMES = [
     "manifest of an organ", "organ", "header of a model file", "surgical record", "what a verb measured",
-    "index of a model", "entry of a bank", "state of an interrupted run", "GGUF model",
+    "index of a model", "entry of a bank", "state of an interrupted run",
 ]  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def test_whole_files_are_taken(name: str, all_readers: dict[str, Reader], tmp_pa
 
 @pytest.mark.parametrize("name", NAMES)
 @given(number=st.integers(0, 2**32))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_altered_files_are_taken_or_refused(
     name: str, number: int, all_readers: dict[str, Reader], tmp_path: Path, listing: Callable[[], list[str]]
 ) -> None:
@@ -52,3 +52,8 @@ def test_altered_files_are_taken_or_refused(
     tracemalloc.stop()
     assert peak < MOST_MEMORY
     assert listing() == before
+
+
+@pytest.mark.parametrize(("name", "number"), [("organ", 2130), ("index of a model", 11013)])
+def test_what_was_found_before(name: str, number: int, all_readers: dict[str, Reader], tmp_path: Path) -> None:
+    assert not read(all_readers[name], alter(all_readers[name].seed, number), tmp_path)

@@ -201,8 +201,8 @@ def read_index(path: Path, name: str) -> dict[str, str]:
     """
     try:
         shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        files = {str(tensor): shards[tensor] for tensor in shards}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        files = {str(tensor): file for tensor, file in shards.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(
             f"{path} is no shard index: it should be a JSON object whose weight_map says which file holds each tensor."
         ) from error

@@ -157,6 +157,7 @@ def parse_header(
 
     Raises:
         ModelError: Tensors overlap, leave gaps, or do not end where the file does.
+        ValueError: A value is of another kind than it should be; so with KeyError, TypeError and the like.
     """
     metadata = header.pop("__metadata__", None) or {}
     if not all(isinstance(text, str) for text in metadata.values()):
@@ -167,6 +168,7 @@ def parse_header(
         start, stop = (_count(offset) for offset in entry["data_offsets"])
         shape = tuple(map(_count, entry["shape"]))
         dtype = str(entry["dtype"])
+        f"{name} {dtype}".encode()  # lone surrogates, which JSON can hold, can't be digested: a ValueError
         expected = _bytes_of(dtype, shape)
         if start != position or stop < start or expected not in (None, stop - start):
             raise ModelError(f"{path} can't be read as a safetensors file: the place of the tensor {name} is wrong.")
