@@ -97,7 +97,7 @@ class Batches:
         """Tokenize and pack the text, and work out how many steps there will be.
 
         Raises:
-            UsageError: Accumulation would go over the text several times in one step.
+            UsageError: Accumulation would go over the text more than twice in one step.
         """
         separator, length = data.separator_token(tokenizer), options.sequence_length
         training = data.pack(
@@ -109,7 +109,7 @@ class Batches:
             separator_id=separator,
         )
         step_size = options.batch_size * options.accumulate
-        if options.accumulate > 1 and step_size > len(training.input_ids):
+        if options.accumulate > 1 and step_size > 2 * len(training.input_ids):
             raise UsageError(
                 f"an optimizer step would take {options.accumulate} x {options.batch_size} sequences, and the text "
                 f"fills {len(training.input_ids)}; give a smaller --accumulate or --batch-size."
