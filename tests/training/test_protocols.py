@@ -166,7 +166,7 @@ def test_how_long_to_train(donor: Path, organ: Organ, text: Path) -> None:
     assert abs(done(epochs=2).steps - 2 * epoch.steps) <= 1  # the last step of an epoch may be a part of one
     assert done(steps=3).steps == 3
     assert done(max_tokens=100).steps == math.ceil(100 / 32)
-    with pytest.raises(UsageError, match="epochs and steps both say when to stop"):
+    with pytest.raises(UsageError, match="--epochs and --steps say when to stop"):
         done(epochs=1, steps=1)
 
 
