@@ -19,7 +19,7 @@ from neurograft.data import pack
 from neurograft.errors import UsageError
 from neurograft.placement.costs import Measured, _Probe, measure, predict
 from neurograft.placement.proposal import PlanReport, Proposal, parse_budget, shortlist
-from neurograft.placement.signals import layer_signals
+from neurograft.placement.signals import layer_signals, logit_lens
 from neurograft.training.loop import Batches
 from neurograft.training.options import TrainingOptions, parse_options
 from tiny import LAYERS, make_model
@@ -131,6 +131,27 @@ def test_signals_are_what_autograd_says() -> None:
     assert influence[:-1] == pytest.approx(moved[:-1], rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+def test_the_lens_reads_what_the_head_makes_of_each_boundary(kind: str) -> None:
+    model: Any = make_model(kind)
+    parts = {"gpt2": ("transformer.h", "transformer.ln_f")}.get(kind, ("model.layers", "model.norm"))
+    layers, norm = list(model.get_submodule(parts[0]).children()), model.get_submodule(parts[1])
+    batches = _batches(rows=4)
+    found = logit_lens(model, layers, batches)
+    ids, labels = batches.training.input_ids[:2], batches.training.labels[:2]
+    with torch.no_grad():
+        states = model(input_ids=ids, output_hidden_states=True).hidden_states  # the last one after the norm
+        for boundary, read in enumerate(found):
+            logits = model.lm_head(norm(states[boundary]) if boundary < LAYERS else states[boundary])
+            softcap = getattr(model.config, "final_logit_softcapping", None)
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
+            expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+            assert read == pytest.approx(float(expected), rel=1e-4)
+    assert len(found) == LAYERS + 1
+    assert all("forward" not in vars(layer) for layer in layers)
+
+
 def test_the_plan_keeps_to_its_budget_and_its_commands_run(recipient: Path, text: Path, tmp_path: Path) -> None:
     size = sum(t.nbytes for t in extract(recipient, layers=(0, 1)).tensors.values())
     report = plan(
@@ -144,6 +165,7 @@ def test_the_plan_keeps_to_its_budget_and_its_commands_run(recipient: Path, text
     assert PlanReport.model_validate_json((tmp_path / "plan.json").read_text()) == report
     assert report.tokens == 1024 and report.steps == 16 and report.layer_count == LAYERS
     assert report.best == report.proposals[0] and report.best.count <= 2
+    assert len(report.lens) == LAYERS + 1
     assert {proposal.protocol for proposal in report.proposals} == {"in_place", "insert"}
     for proposal in report.proposals:
         assert proposal.cost.bytes == proposal.count * size and proposal.trial is not None

@@ -113,7 +113,8 @@ def test_a_plan_is_shown_with_what_the_layers_say(tmp_path: Path) -> None:
     best = Proposal(layers="4:6", protocol="in_place", mode="replace", position=4, cost=cost, gradient=0.5, trial=17.25)
     found = PlanReport(
         model="tiny", layer_count=6, tokens=5000, steps=10, trial_tokens=300, budget={"seconds": 90}, untrained=40.5,
-        gradients=[1, 2, 3, 4, 5, 4], influence=[0.5, 0.1, 0.1, 0.1, 0.1, 0.2], best=best, proposals=[best], paper=best,
+        gradients=[1, 2, 3, 4, 5, 4], influence=[0.5, 0.1, 0.1, 0.1, 0.1, 0.2], lens=[9, 8, 7, 6, 5, 4, 3], best=best,
+        proposals=[best], paper=best,
         seconds=3.0, commands=["neurograft extract"],
     )  # fmt: skip
     (tmp_path / "plan.json").write_text(found.model_dump_json(), encoding="utf-8")

@@ -23,7 +23,7 @@ from neurograft.layer_weights import to_disk
 from neurograft.manifest import Mode
 from neurograft.models import ModelDirectory, load_config, load_model, load_tokenizer, resolve
 from neurograft.placement.costs import Cost, Measured, measure, predict, restored
-from neurograft.placement.signals import layer_signals
+from neurograft.placement.signals import layer_signals, logit_lens
 from neurograft.surgery import attach, detach
 from neurograft.training.loop import Batches, Trainee, TrainingRun
 from neurograft.training.options import TrainingOptions, fit_to_model, parse_options
@@ -88,6 +88,8 @@ class PlanReport(_Result):
     """For each layer the mean squared norm of its gradient on the text, in nats squared."""
     influence: list[float]
     """For each layer 1 less the mean cosine between what enters and what leaves it."""
+    lens: list[float]
+    """Loss on the text read off after 0 to L layers, in nats per token; empty where the model does not let it be."""
     best: Proposal
     """The one with the lowest perplexity after the trial."""
     proposals: list[Proposal]
@@ -230,12 +232,13 @@ class _Case:
         started = time.monotonic()
         self._say("measuring a few steps at both ends of the model")
         measured = measure(self.model, self.layers, self.batches, self.options)
-        self._say("measuring gradients and influence of all layers")
+        self._say("measuring gradients and influence of all layers, and what can be read off between them")
         arithmetic = TrainingRun(
             self.model, Trainee.of_layers(self.layers[-1:], len(self.layers) - 1), self.batches,
             self.options.model_copy(update={"cache_prefix": "never"}),
         ).arithmetic  # fmt: skip
         gradients, influence = layer_signals(self.model, self.layers, self.batches, arithmetic)
+        lens = logit_lens(self.model, self.layers, self.batches)
         paper_range = parse_layers("auto", len(self.layers))
         paper = self._proposal(measured, gradients, paper_range, inserted=False)
         possible = [
@@ -277,6 +280,7 @@ class _Case:
             untrained=untrained,
             gradients=gradients,
             influence=influence,
+            lens=lens,
             best=tried[0],
             proposals=tried,
             paper=paper,

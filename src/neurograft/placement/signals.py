@@ -9,6 +9,8 @@ import torch
 
 from neurograft.arithmetic import Arithmetic
 from neurograft.loss import NextTokenLoss
+from neurograft.surgery import Undo
+from neurograft.training.prefix import Prefix, UnusualOutputError, behind_states, hand_on
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from neurograft.training.loop import Batches
 
 _BATCHES = 4
+# The head is most of what the logit lens costs, and it is run once for each boundary.
+_LENS_TOKENS = 512
 
 
 def layer_signals(
@@ -54,6 +58,72 @@ def layer_signals(
             handle.remove()
         model.requires_grad_(False)
     return [value / count for value in squares], [value / count for value in influence]
+
+
+def logit_lens(model: Any, layers: Sequence[nn.Module], batches: Batches) -> list[float]:
+    """Return how well the text can be read off the hidden state at each boundary of a model.
+
+    What has passed the first b layers goes straight to whatever follows the last one: the final norm and the head
+    (the logit lens; arXiv 2303.08112 says where it misleads).
+
+    Args:
+        model: The host, in evaluation mode; it is not changed.
+        layers: Its L decoder layers.
+        batches: The text.
+
+    Returns:
+        L + 1 mean losses in nats per token, after 0 to L layers; none where layers hand on more than hidden states, so
+        that they can't be passed over.
+    """
+    sequences = max(1, min(batches.batch_size, _LENS_TOKENS // batches.training.input_ids.shape[1]))
+    ids, labels = batches.training.input_ids[:sequences], batches.training.labels[:sequences]
+    prefix, boundaries = Prefix(model, len(layers) - 1), _Boundaries()
+    if not prefix.works():
+        return []
+    handles = [layer.register_forward_hook(boundaries.note, with_kwargs=True) for layer in layers]
+    loss = NextTokenLoss(model)
+    try:
+        with torch.no_grad():
+            boundaries.clear()
+            whole = _mean(loss(ids, labels))
+    finally:
+        for handle in handles:
+            handle.remove()
+    try:
+        rest = behind_states(boundaries.last)
+    except UnusualOutputError:
+        return []
+    undo, read = Undo(), []
+    undo.set(vars(layers[-1]), "forward", hand_on(rest))
+    try:
+        with torch.no_grad():
+            for states in boundaries.entering:
+                with prefix.given(states):
+                    read.append(_mean(loss(ids, labels)))
+    finally:
+        undo.restore()
+    return [*read, whole]
+
+
+class _Boundaries:
+    """What enters each layer of one forward pass, (B, T, C) each, and what the last one returns."""
+
+    def __init__(self) -> None:
+        self.entering: list[torch.Tensor] = []
+        self.last: Any = None
+
+    def clear(self) -> None:
+        """Forget earlier passes."""
+        self.entering.clear()
+
+    def note(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Keep what entered a layer, and what it returned."""
+        self.entering.append((args[0] if args else kwargs["hidden_states"]).detach())
+        self.last = output
+
+
+def _mean(losses: torch.Tensor) -> float:
+    return float(losses.sum() / max(int((losses != 0).sum()), 1))
 
 
 def _watch_gradients(layer: nn.Module, number: int, squares: list[float]) -> list[Any]:

@@ -114,6 +114,20 @@ def signals(report: PlanReport) -> Any:
     return figure
 
 
+def lens(report: PlanReport) -> Any:
+    """Draw the loss on the text read off at each boundary of a model."""
+    import plotly.graph_objects as plots
+
+    figure: Any = plots.Figure()
+    figure.add_scatter(
+        x=list(range(len(report.lens))), y=report.lens, mode="lines+markers", line_color=COLOURS[0], showlegend=False,
+        hovertemplate="after %{x} layers: %{y:.2f} nats",
+    )  # fmt: skip
+    figure.update_xaxes(title="layers passed")
+    figure.update_yaxes(title="loss, nats per token", rangemode="tozero")
+    return figure
+
+
 def _add_places(figure: Any, places: Sequence[Place], text: str, mode: Mode, colour: str) -> None:
     scores = [getattr(place, text) for place in places]
     figure.add_scatter(

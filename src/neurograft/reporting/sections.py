@@ -163,6 +163,7 @@ def plan_section(name: str, report: PlanReport) -> str:
     best = report.best
     header = ["layers", "protocol", "seconds", "memory", "file", "perplexity after the trial"]
     description = "squared gradient and block influence of each layer, each over its largest"
+    read = plot(pictures.lens(report), "loss on the text read off after each layer") if report.lens else ""
     limits = ", ".join(f"{name} {amount:g}" for name, amount in report.budget.items()) or "none"
     return section(
         f"A plan: {name}",
@@ -173,6 +174,7 @@ def plan_section(name: str, report: PlanReport) -> str:
         ),
         table(header, [_proposal_row(proposal) for proposal in report.proposals]),
         section("What the layers say", plot(pictures.signals(report), description), level=3),
+        section("What can be read off between them", read, level=3) if read else "",
     )
 
 
