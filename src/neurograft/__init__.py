@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from neurograft.removal import remove as remove
     from neurograft.reporting.writing import report as report
     from neurograft.study.cross_domain import study_cross_domain as study_cross_domain
+    from neurograft.study.paper import study_paper as study_paper
     from neurograft.surgery import attach as attach
     from neurograft.surgery import detach as detach
     from neurograft.surgery import graft as graft
@@ -83,6 +84,7 @@ _HOMES = {
     "scan": "placement.scan:scan",
     "sign": "trust.signing:sign",
     "study_cross_domain": "study.cross_domain:study_cross_domain",
+    "study_paper": "study.paper:study_paper",
     "tag": "bank.cataloguing:tag",
     "train": "training.protocols:train",
     "transplant": "transplantation:transplant",

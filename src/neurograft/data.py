@@ -24,6 +24,19 @@ _BLANK_LINES = re.compile(r"\n[^\S\n]*(?:\n[^\S\n]*)+")
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?(:\w+)?$")
 
 
+class Documents(tuple[str, ...]):
+    """Documents in memory, to be given wherever paths of text are taken."""
+
+    __slots__ = ()
+
+
+def paths_of(text: str | Path | Sequence[str | Path] | None) -> list[Path]:
+    """Return the paths among what was given as text; none where it is in memory."""
+    if text is None or isinstance(text, Documents):
+        return []
+    return [Path(text)] if isinstance(text, str | Path) else list(map(Path, text))
+
+
 def read_documents(
     paths: str | Path | Sequence[str | Path],
     *,
@@ -39,7 +52,7 @@ def read_documents(
     Args:
         paths: One or several of: a `.txt`, `.jsonl`, `.json` or `.parquet` file (the first three also `.gz` or
             `.zst`), a folder of these, or the id of a Hub dataset (`org/name` or `org/name:split`; the split is
-            `train` if left out).
+            `train` if left out); or `Documents`.
         text_column: Column that holds the text, in tables.
         document_separator: What separates documents in `.txt` files; left out, blank lines do.
         encoding: Encoding of `.txt` and JSON files.
@@ -54,6 +67,8 @@ def read_documents(
         raise DataError("the document separator is empty; give what stands between documents, or leave it out.")
     several = [paths] if isinstance(paths, (str, Path)) else list(paths)
     documents: list[str] = []
+    if isinstance(paths, Documents):
+        several, documents = [], list(_clean(paths))
     for path in several:
         if not str(path):
             raise DataError("a path of text is empty; give a file, a folder or a Hub dataset id.")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from neurograft.placement.results import Place, ScanReport
     from neurograft.removal import Removal
     from neurograft.reporting.writing import ReportWritten
+    from neurograft.study.paper_results import PaperReport
     from neurograft.study.results import CrossDomainReport
     from neurograft.training.comparison_results import Comparison
 
@@ -364,6 +365,18 @@ def cross_domain(report: CrossDomainReport, output: str) -> RenderableType:
     sentences = [cross_domain_report.conditions(report), *cross_domain_report.findings(report)]
     table = _table(*cross_domain_report.table(report))
     return Group(table, *map(Text, sentences), Text(f"written to {output}", style="green"))
+
+
+def paper(report: PaperReport, output: str) -> RenderableType:
+    """Render what `study paper` found: the answers, and the comparison with published figures."""
+    from neurograft.study import paper_report
+
+    parts: list[RenderableType] = [Text(paper_report.conditions(report))]
+    for number, question in enumerate(paper_report.QUESTIONS, 1):
+        parts.append(Text(f"{number}. {question.title}", style="bold"))
+        parts += [Text(sentence) for sentence in (f"The paper: {question.published}", *question.answers(report))]
+    table = _table(*paper_report.comparison_table(report))
+    return Group(*parts, table, Text(f"written to {output}", style="green"))
 
 
 def _table(header: list[str], rows: list[list[str]]) -> Table:

@@ -97,6 +97,63 @@ def cross_domain(
         screen.result(report, lambda: render.cross_domain(report, str(output)))
 
 
+def _decided_by_paper() -> Collection[str]:
+    from neurograft.training.search import DECIDED_BY_PAPER
+
+    return DECIDED_BY_PAPER
+
+
+@study.command()
+@partial(WithTrainingOptions, without=_decided_by_paper)
+def paper(
+    model: Model,
+    domain: Annotated[
+        list[str],
+        typer.Option("--domain", metavar="NAME=PATH", help="A domain's text; give at least two domains. Repeatable."),
+    ],
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Training tokens of everything together.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the report and all that is finished.")],
+    general: Annotated[
+        list[str] | None,
+        typer.Option("--general", metavar="PATH", help="Text of no domain, on which forgetting shows. Repeatable."),
+    ] = None,
+    layers: Annotated[int, typer.Option("--layers", min=1, help="How many layers an organ has.")] = 3,
+    positions: Annotated[int, typer.Option("--positions", min=2, help="How many positions are tried, evenly.")] = 7,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each method and arm.")] = 3,
+    trials: Annotated[int, typer.Option("--trials", min=1, help="Settings tried for each method compared.")] = 3,
+    text_column: TextColumn = "text",
+    document_separator: Separator = None,
+    encoding: Encoding = "utf-8",
+    overwrite: Overwrite = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+    **options: Any,
+) -> None:
+    """Ask the paper's five questions, within a budget of training tokens: one report, published figures beside."""
+    with running(as_json, "reading the text") as screen:
+        from neurograft import render
+        from neurograft.study.paper import study_paper
+
+        report = study_paper(
+            model,
+            domains=_named(domain),
+            output=output,
+            tokens=tokens,
+            general=general or None,
+            layers=layers,
+            positions=positions,
+            seeds=seeds,
+            trials=trials,
+            text_column=text_column,
+            document_separator=document_separator,
+            encoding=encoding,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
+        screen.result(report, lambda: render.paper(report, str(output)))
+
+
 def _named(given: list[str]) -> dict[str, list[str]]:
     """Group `NAME=PATH` arguments by name.
 

@@ -17,13 +17,14 @@ from neurograft.organ import read_manifest
 from neurograft.placement.proposal import PlanReport
 from neurograft.placement.results import ScanReport
 from neurograft.record import read_record
+from neurograft.study.paper_results import PaperReport
 from neurograft.study.results import CrossDomainReport
 from neurograft.training.comparison_results import Comparison
 
 # A result is a few hundred KB at most; a larger file is something else, and is not read into memory.
 _LARGEST_RESULT = 64 << 20
 _RESULTS: tuple[type[BaseModel], ...] = (
-    ScanReport, Comparison, EvaluationReport, CompositionReport, CrossDomainReport, PlanReport,
+    ScanReport, Comparison, EvaluationReport, CompositionReport, CrossDomainReport, PaperReport, PlanReport,
 )  # fmt: skip
 
 
@@ -38,6 +39,7 @@ class Sources:
     evaluations: list[tuple[str, EvaluationReport]] = field(default_factory=list)
     compositions: list[tuple[str, CompositionReport]] = field(default_factory=list)
     studies: list[tuple[str, CrossDomainReport]] = field(default_factory=list)
+    papers: list[tuple[str, PaperReport]] = field(default_factory=list)
     plans: list[tuple[str, PlanReport]] = field(default_factory=list)
 
     @property
@@ -93,6 +95,8 @@ def _read(path: Path, sources: Sources) -> None:
         sources.compositions.append((name, result))
     elif isinstance(result, CrossDomainReport):
         sources.studies.append((name, result))
+    elif isinstance(result, PaperReport):
+        sources.papers.append((name, result))
     elif isinstance(result, PlanReport):
         sources.plans.append((name, result))
 

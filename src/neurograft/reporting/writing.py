@@ -13,6 +13,7 @@ from neurograft.files import atomic_file, check_output_file
 from neurograft.organ import organ_path
 from neurograft.reporting import sections
 from neurograft.reporting.page import page
+from neurograft.reporting.paper_sections import paper_sections
 from neurograft.reporting.sources import Sources, read_sources
 from neurograft.training.baselines import require_extra
 
@@ -107,7 +108,7 @@ def report(
         comparisons=[name for name, _ in found.comparisons],
         evaluations=[name for name, _ in found.evaluations],
         compositions=[name for name, _ in found.compositions],
-        studies=[name for name, _ in found.studies],
+        studies=[name for name, _ in (*found.studies, *found.papers)],
         plans=[name for name, _ in found.plans],
         prompts=len(prompts),
     )
@@ -123,6 +124,7 @@ def _sections(found: Sources) -> list[str]:
         *(sections.organ_section(manifest) for manifest in found.manifests),
         *(sections.comparison_section(*each) for each in found.comparisons),
         *(sections.cross_domain_section(*each) for each in found.studies),
+        *(part for _, study in found.papers for part in paper_sections(study)),
     ]
 
 
@@ -136,6 +138,7 @@ def _title(found: Sources) -> str:
         *(evaluation.model for _, evaluation in found.evaluations),
         *(f"several organs in {composition.recipient}" for _, composition in found.compositions),
         *(f"organs from another domain in {study.model}" for _, study in found.studies),
+        *(f"the paper's questions, asked of {study.model}" for _, study in found.papers),
         *(f"a plan for {plan.model}" for _, plan in found.plans),
     ]
     return ", ".join(dict.fromkeys(names[:3])) + (", and more" if len(names) > 3 else "")

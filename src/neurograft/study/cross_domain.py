@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +12,11 @@ from neurograft import data as text_data
 from neurograft import ranks
 from neurograft.errors import DataError, NeurograftError, UsageError
 from neurograft.extraction import extract
-from neurograft.files import atomic_file, refuse_overlap
+from neurograft.files import refuse_overlap
 from neurograft.identity import as_identity
 from neurograft.models import ModelDirectory, load_config, load_tokenizer, resolve
 from neurograft.organ import Organ, read_manifest, read_organ
+from neurograft.study.folders import PAGE, check_folder, check_names, going_on, starting_from, write_study
 from neurograft.study.results import CONTROLS, NO_ORGAN, UNTRAINED, ArmRun, CrossDomainReport, GapPoint, summarise
 from neurograft.training import measuring
 from neurograft.training.baselines import require_extra
@@ -30,7 +29,6 @@ from neurograft.training.search import DECIDED_BY_STUDY, Settings
 
 log = logging.getLogger("neurograft")
 
-REPORT, PAGE = "results.json", "report.html"
 WATCHED_TOKENS = 4096
 """Of the training text, whose loss is measured beside the held-out one."""
 
@@ -98,9 +96,9 @@ def study_cross_domain(
     ranks.refuse_several("study")
     require_extra("plotly", "a study", "report")
     folder = Path(output)
-    _check_names(domains)
-    _check_output(folder, overwrite=overwrite)
-    refuse_overlap(folder, [Path(p) for p in (model, *_listed(target), *_listed(eval_data))])
+    check_names(domains, CONTROLS)
+    check_folder(folder, overwrite=overwrite)
+    refuse_overlap(folder, [Path(model), *text_data.paths_of(target), *text_data.paths_of(eval_data)])
     shared = _shared_options(options, tokens, seeds, evaluations)
     reading = {"text_column": text_column, "document_separator": document_separator, "encoding": encoding}
     directory = resolve(model, trust_remote_code=trust_remote_code)
@@ -109,7 +107,7 @@ def study_cross_domain(
     place = _Place.of(directory, layers, at, trust_remote_code)
     texts, batches = _read_target(target, eval_data, shared, reading, directory, target_tokens, trust_remote_code)
     bench = _Bench(folder, directory, place, texts, shared, isolated, trust_remote_code)
-    with _going_on(folder):
+    with going_on(folder):
         organs = bench.train_organs(domains, organ_tokens or tokens, seeds, reading)
         for seed in range(seeds):
             organs |= {(UNTRAINED, seed): bench.identities(), (NO_ORGAN, seed): bench.own_layers()}
@@ -137,30 +135,6 @@ def study_cross_domain(
     )
     _write(report, folder)
     return report
-
-
-def _check_names(domains: Mapping[str, Any]) -> None:
-    if not domains:
-        raise UsageError("a study needs at least one domain to train an organ on: --domain NAME=PATH.")
-    for name in domains:
-        if name in CONTROLS or not name or not all(c.isalnum() or c in "-_." for c in name) or name[0] in ".-":
-            raise UsageError(
-                f"{name!r} can't be a domain's name; use letters, digits, -, _ and dots, such as clinical."
-            )
-
-
-def _check_output(folder: Path, *, overwrite: bool) -> None:
-    if folder.is_file():
-        raise UsageError(f"{folder} is a file; give the name of a folder to write.")
-    if (folder / REPORT).exists() and not overwrite:
-        raise UsageError(
-            f"{folder} holds a finished study already; choose another folder or pass --overwrite, which runs only what "
-            "is new in it."
-        )
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "runs").is_dir():
-        raise UsageError(f"{folder} exists and holds no study; choose another folder.")
-    if not folder.parent.is_dir():
-        raise UsageError(f"the folder {folder.parent} does not exist; create it first.")
 
 
 def _shared_options(options: dict[str, Any], tokens: int, seeds: int, evaluations: int) -> TrainingOptions:
@@ -203,10 +177,6 @@ class _Place:
         return f"{start}:{start + self.layers}"
 
 
-def _listed(paths: str | Path | Sequence[str | Path] | None) -> Sequence[str | Path]:
-    return [paths] if isinstance(paths, str | Path) else paths or []
-
-
 def _read_target(
     target: Any, eval_data: Any, options: TrainingOptions, reading: dict[str, Any], directory: ModelDirectory,
     target_tokens: int, trust: bool,
@@ -236,18 +206,6 @@ def _in_turn(arms: list[str], number: int) -> list[str]:
     return arms[first:] + arms[:first]
 
 
-@contextmanager
-def _going_on(folder: Path) -> Iterator[None]:
-    (folder / "runs").mkdir(parents=True, exist_ok=True)
-    (folder / "organs").mkdir(exist_ok=True)
-    for left in folder.glob(".cache-*"):  # by a run that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        raise KeyboardInterrupt("the study was not finished; the same command goes on after what was") from error
-
-
 class _Bench:
     """Trains organs and runs arms, and keeps what they came to.
 
@@ -267,13 +225,8 @@ class _Bench:
     ) -> None:  # fmt: skip
         self.folder, self.directory, self.place, self.texts = folder, directory, place, texts
         self.options, self.isolated, self.trust = options, isolated, trust
-        files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in directory.path.iterdir())
         parts = {name: text_data.fingerprint(getattr(texts, name)) for name in ("training", "held_out")}
-        self._start = {
-            "model": [str(directory.path), files],
-            "texts": parts,
-            "on": [installed_versions(), machine_name()],
-        }
+        self._start = {**starting_from(directory), "texts": parts}
 
     def train_organs(
         self, domains: Mapping[str, Any], tokens: int, seeds: int, reading: dict[str, Any]
@@ -349,16 +302,9 @@ def _points(measured: Measured) -> list[GapPoint]:
 
 
 def _write(report: CrossDomainReport, folder: Path) -> None:
-    """Write the report and its renderings; results.json last, so that it is there only if all of them are."""
     from neurograft.reporting.page import page
     from neurograft.reporting.sections import cross_domain_section
     from neurograft.study.cross_domain_report import markdown
 
-    files = {
-        "results.md": markdown(report),
-        PAGE: page("Organs from another domain", [cross_domain_section(report.model, report)], plots=True),
-        REPORT: report.model_dump_json(indent=1) + "\n",
-    }
-    for name, content in files.items():
-        with atomic_file(folder / name, overwrite=True) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+    shown = page("Organs from another domain", [cross_domain_section(report.model, report)], plots=True)
+    write_study(folder, report, {"results.md": markdown(report), PAGE: shown})

@@ -117,7 +117,9 @@ def compare(
     spaces = _spaces(chosen, None if search is None else Path(search))
     tries = {method.name: settings_to_try(spaces[method.name], trials, method.name) for method in chosen}
     _check_output(folder, overwrite=overwrite)
-    refuse_overlap(folder, [Path(path) for path in (model, *_listed(data), *_listed(eval_data), *_listed(general))])
+    refuse_overlap(
+        folder, [Path(model), *(path for text in (data, eval_data, general) for path in text_data.paths_of(text))]
+    )
     reading = {"text_column": text_column, "document_separator": document_separator, "encoding": encoding}
     text = _read(data, eval_data, general, shared, reading)
     directory = resolve(model, trust_remote_code=trust_remote_code)
@@ -183,10 +185,6 @@ def _check_output(folder: Path, *, overwrite: bool) -> None:
         raise UsageError(f"{folder} exists and holds no comparison; choose another folder.")
     if not folder.parent.is_dir():
         raise UsageError(f"the folder {folder.parent} does not exist; create it first.")
-
-
-def _listed(paths: str | Path | Sequence[str | Path] | None) -> Sequence[str | Path]:
-    return [paths] if isinstance(paths, str | Path) else paths or []
 
 
 def _read(data: Any, eval_data: Any, general: Any, options: TrainingOptions, reading: dict[str, Any]) -> _Text:

