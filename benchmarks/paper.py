@@ -17,7 +17,7 @@ from texts import read_domain, read_general
 
 RESULT = Path(__file__).parent / "results" / "paper.json"
 DOMAINS = ("clinical", "dictionary")
-TOKENS = 700_000
+TOKENS = 340_000
 
 
 def main() -> None:
@@ -34,8 +34,9 @@ def main() -> None:
         output=folder / f"paper-{tokens}",
         tokens=tokens,
         sequence_length=128,
-        batch_size=4,
-        eval_tokens=2048,
+        batch_size=2,
+        eval_tokens=1024,
+        trials=2,
         overwrite=True,
     )
     RESULT.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")

@@ -24,7 +24,7 @@ from neurograft.training import measuring
 from tiny import LAYERS
 
 SMALL: dict[str, Any] = {
-    "tokens": 6000, "layers": 1, "positions": 3, "seeds": 1, "trials": 1, "sequence_length": 16, "batch_size": 2,
+    "tokens": 7000, "layers": 1, "positions": 3, "seeds": 1, "trials": 1, "sequence_length": 16, "batch_size": 2,
     "eval_tokens": 256, "precision": "float32",
 }  # fmt: skip
 SENTENCES = {"clinical": "nodule {} of the left lung, of grade {}", "law": "paragraph {} of the act of year {}"}
@@ -52,17 +52,22 @@ def done(
 
 
 def test_all_runs_together_have_the_tokens_that_were_given() -> None:
-    shares = divide(1_000_000, domains=2, positions=7, seeds=3, trials=3, step=512)
-    runs = 2 * 2 + 2 + 2 * len(METHODS) * 3 + 3 * (1 + 1 + 2)
-    short = 2 * 2 * 7 + 2 * len(METHODS) * 3
-    assert runs * shares.run + short * shares.short <= 1_000_000 < (runs + short / 4) * (shares.run + 512)
-    assert shares.run % 512 == 0 and shares.short == shares.run // 4
+    budget: dict[str, Any] = {"domains": 2, "crossed": 2, "positions": 7, "seeds": 3, "trials": 3, "step": 512}
+    shares = divide(1_000_000, **budget)
+    runs = 2 * 2 + 2 + 2 * len(METHODS) * 3 + 3 * (2 * 2 + 2)
+    recoveries, trials = 2 * 2 * 7, 2 * len(METHODS) * 3
+
+    def used(run: int) -> float:
+        return runs * run + recoveries * run / 2 + trials * run / 4
+
+    assert used(shares.run) <= 1_000_000 < used(shares.run + 512)
+    assert shares.run % 512 == 0 and (shares.recovery, shares.trial) == (shares.run // 2, shares.run // 4)
     with pytest.raises(UsageError, match="give at least") as caught:
-        divide(100_000, domains=2, positions=7, seeds=3, trials=3, step=512)
+        divide(100_000, **budget)
     least = int(str(caught.value).split("give at least ")[1].split(", or")[0].replace(",", ""))
-    assert divide(least, domains=2, positions=7, seeds=3, trials=3, step=512).short == 2 * 512
+    assert divide(least, **budget).trial == 2 * 512
     with pytest.raises(UsageError, match="give at least"):
-        divide(least - 1, domains=2, positions=7, seeds=3, trials=3, step=512)
+        divide(least - 1, **budget)
 
 
 def test_every_question_is_asked_of_every_domain(done: tuple[PaperReport, Path]) -> None:
@@ -73,7 +78,7 @@ def test_every_question_is_asked_of_every_domain(done: tuple[PaperReport, Path])
             assert [place.position for place in scan.places] == [0, LAYERS // 2, LAYERS]
             assert scan.general is not None and all(place.mode == "insert" for place in scan.places)
         assert study.as_it_comes.recover_tokens is None
-        assert study.recovered.recover_tokens == study.control.recover_tokens == report.short_tokens
+        assert study.recovered.recover_tokens == study.control.recover_tokens == report.recovery_tokens
     assert [(transfer.domain, transfer.tuned_on) for transfer in report.transfers] == [
         ("clinical", "law"), ("law", "clinical"),
     ]  # fmt: skip
@@ -82,7 +87,7 @@ def test_every_question_is_asked_of_every_domain(done: tuple[PaperReport, Path])
     for comparison in report.comparisons.values():
         assert [method.method for method in comparison.methods] == list(METHODS)
         assert comparison.tokens == report.run_tokens
-    assert report.cross_domain.domains == ["law"] and report.cross_domain.tokens == report.run_tokens
+    assert report.cross_domain.domains == ["clinical", "law"] and report.cross_domain.tokens == report.run_tokens
 
 
 def test_a_sibling_is_another_model_and_the_gain_that_is_kept_is_in_nats(done: tuple[PaperReport, Path]) -> None:
@@ -159,7 +164,7 @@ def test_published_figures_stand_above_ours(done: tuple[PaperReport, Path]) -> N
         ({"tokens": 1000}, "too few"),
         ({"positions": 1}, "positions at least 2"),
         ({"lr": 1e-3}, "decides lr itself"),
-        ({"sequence_length": 256, "tokens": 90_000}, "held-out clinical text makes"),
+        ({"sequence_length": 256, "tokens": 120_000}, "held-out clinical text makes"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(

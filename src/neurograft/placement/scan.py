@@ -47,6 +47,8 @@ log = logging.getLogger("neurograft")
 
 Paths = str | Path | Sequence[str | Path]
 DEFAULT_TOKENS = 32_768
+# A recovery is short, and many small steps get further with few tokens than a few large ones.
+_RECOVERY_LENGTH, _RECOVERY_BATCH = 128, 2
 
 
 def scan(
@@ -304,8 +306,9 @@ def _recovering(texts: _Texts, tokens: int | None, seed: int, config: Any, name:
     # Nothing stops early: every place gets the same. Which arithmetic is fastest, each worker would measure for itself,
     # and places that were trained in another one could not be told apart from places that are better.
     options = parse_options(
-        max_tokens=tokens, seed=seed, evaluations=1, eval_tokens=2048, patience=2, precision="float32"
-    )
+        max_tokens=tokens, seed=seed, sequence_length=_RECOVERY_LENGTH, batch_size=_RECOVERY_BATCH, evaluations=1,
+        eval_tokens=1024, patience=2, precision="float32",
+    )  # fmt: skip
     parts = split_documents(texts.recovery, held_out=options.held_out, seed=seed)
     return Recovering(Texts(*parts), fit_to_model(options, config, name))
 

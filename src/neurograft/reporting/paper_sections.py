@@ -18,7 +18,7 @@ def paper_sections(report: PaperReport) -> list[str]:
             section("Published figures, and ours", table(*paper_report.comparison_table(report)), level=3),
             *(sections.comparison_section(domain, found) for domain, found in report.comparisons.items()),
         ],
-        [sections.cross_domain_section(report.domains[0], report.cross_domain)],
+        [sections.cross_domain_section("a small text", report.cross_domain)],
     )
     parts = [section(f"{report.model} and {paper_report.PAPER}", paragraph(paper_report.conditions(report)))]
     for number, (question, more) in enumerate(zip(paper_report.QUESTIONS, details, strict=True), 1):

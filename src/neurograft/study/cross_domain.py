@@ -29,9 +29,6 @@ from neurograft.training.search import DECIDED_BY_STUDY, Settings
 
 log = logging.getLogger("neurograft")
 
-WATCHED_TOKENS = 4096
-"""Of the training text, whose loss is measured beside the held-out one."""
-
 
 def study_cross_domain(
     model: str | Path,
@@ -62,7 +59,7 @@ def study_cross_domain(
     there on a small text of the target domain. Beside it stand two controls, with the same text in the same order and
     as many layers that train: layers inserted as identities, which no domain has trained before, and no organ at all,
     but the model's own layers from there. Every few steps the loss is measured on a sample of the text that trains and
-    on text of the same domain that does not; their difference is the gap.
+    on text of the same domain that does not, `eval_tokens` of each; their difference is the gap.
 
     Finished runs are kept in `output`; if the study is interrupted, the same call goes on after the last of them.
 
@@ -277,12 +274,12 @@ class _Bench:
         settings: Settings = {"layers": self.place.own}
         what = {
             **self._start, "arm": arm, "organ": read_manifest(organ).tensors_digest, "options": options,
-            "settings": settings, "watched": WATCHED_TOKENS, "isolated": self.isolated,
+            "settings": settings, "watched": self.options.eval_tokens, "isolated": self.isolated,
         }  # fmt: skip
         job = Job(
             model=str(self.directory.path), method="organ" if arm == NO_ORGAN else "insert", settings=settings,
             options=options, organ=str(organ), training=self.texts.training, validation=self.texts.held_out,
-            watched_tokens=WATCHED_TOKENS, trust_remote_code=self.trust,
+            watched_tokens=self.options.eval_tokens, trust_remote_code=self.trust,
         )  # fmt: skip
         title = f"{arm}, seed {seed}"
         try:

@@ -39,7 +39,7 @@ from neurograft.study.folders import (
     starting_from,
     write_study,
 )
-from neurograft.study.paper_results import METHODS, QUARTER, PaperReport, PositionStudy, Shares, Transfer, divide
+from neurograft.study.paper_results import METHODS, PaperReport, PositionStudy, Shares, Transfer, divide
 from neurograft.study.results import CONTROLS, CrossDomainReport
 from neurograft.training.baselines import find_methods, require_extra
 from neurograft.training.comparison import compare, installed_versions, machine_name
@@ -82,9 +82,10 @@ def study_paper(
        on another domain.
     3. Several organs: those organs together in one model, each on every domain.
     4. Comparison: organ, `standalone`, LoRA and full fine-tuning, as `compare` does it.
-    5. Cross-domain: organs of the other domains under a small text of the first, as `study_cross_domain` does it.
+    5. Cross-domain: organs of all domains under a small part of `general`, as `study_cross_domain` does it; without
+       general text, organs of all domains but the first under a small part of that.
 
-    A tenth of each domain's documents is held out from everything that trains, and all figures are of those. What is
+    A share of each text's documents is held out from everything that trains, and all figures are of those. What is
     finished is kept in `output`; if the study is interrupted, the same call goes on after it.
 
     Args:
@@ -93,7 +94,7 @@ def study_paper(
             `neurograft.data.read_documents`.
         output: Folder for results.json, results.md, report.html, the organs, and the parts of the study.
         tokens: Training tokens of everything together, repeats counted again.
-        general: Text that belongs to no domain, on which forgetting shows.
+        general: Text that belongs to no domain, on which forgetting shows, and the target of the last question.
         layers: How many layers an organ has.
         positions: How many positions are tried, evenly from 0 to L.
         seeds: Runs of each method of the comparison, and of each arm of the last question.
@@ -122,7 +123,8 @@ def study_paper(
     check_folder(folder, overwrite=overwrite)
     given = [path for text in (*domains.values(), general) for path in text_data.paths_of(text)]
     refuse_overlap(folder, [Path(model), *given])
-    shared, shares = _shared_options(options, tokens, len(domains), positions, seeds, trials)
+    crossed = len(domains) - (general is None)
+    shared, shares = _shared_options(options, tokens, len(domains), crossed, positions, seeds, trials)
     reading = {"text_column": text_column, "document_separator": document_separator, "encoding": encoding}
     directory = resolve(model, trust_remote_code=trust_remote_code)
     config = load_config(directory, trust_remote_code=trust_remote_code)
@@ -140,7 +142,7 @@ def study_paper(
             domains=list(domains),
             tokens=tokens,
             run_tokens=shares.run,
-            short_tokens=shares.short,
+            recovery_tokens=shares.recovery,
             seeds=list(range(seeds)),
             options=shared.model_dump(mode="json", exclude=set(DECIDED_BY_PAPER)),
             positions=asking.positions(),
@@ -158,7 +160,7 @@ def study_paper(
 
 
 def _shared_options(
-    options: dict[str, Any], tokens: int, domains: int, positions: int, seeds: int, trials: int
+    options: dict[str, Any], tokens: int, domains: int, crossed: int, positions: int, seeds: int, trials: int
 ) -> tuple[TrainingOptions, Shares]:
     for name in options:
         if name in DECIDED_BY_PAPER:
@@ -170,7 +172,9 @@ def _shared_options(
         )
     chosen = parse_options(**options)
     step = chosen.batch_size * chosen.accumulate * chosen.sequence_length
-    shares = divide(tokens, domains=domains, positions=positions, seeds=seeds, trials=trials, step=step)
+    shares = divide(
+        tokens, domains=domains, crossed=crossed, positions=positions, seeds=seeds, trials=trials, step=step
+    )
     return chosen, shares
 
 
@@ -208,27 +212,35 @@ class _Texts:
 
     training: dict[str, Documents]
     held_out: dict[str, Documents]
-    general: Documents | None
+    general: tuple[Documents, Documents] | None
+    """A part to train on, and one to measure on."""
+
+    @property
+    def elsewhere(self) -> Documents | None:
+        """General text that nothing trains on."""
+        return None if self.general is None else self.general[1]
 
     def fingerprints(self) -> dict[str, str]:
         """Return a digest of each."""
         parts = {f"{name} training": documents for name, documents in self.training.items()}
         parts |= {f"{name} held-out": documents for name, documents in self.held_out.items()}
-        return {name: text_data.fingerprint(documents) for name, documents in parts.items()} | (
-            {} if self.general is None else {"general": text_data.fingerprint(self.general)}
-        )
+        if self.general is not None:
+            parts |= {"general training": self.general[0], "general held-out": self.general[1]}
+        return {name: text_data.fingerprint(documents) for name, documents in parts.items()}
 
 
 def _read(
     domains: Mapping[str, Paths], general: Paths | None, options: TrainingOptions, reading: dict[str, Any]
 ) -> _Texts:
     log.info("reading the text")
-    training, held_out = {}, {}
-    for name, paths in domains.items():
+
+    def divided(paths: Paths) -> tuple[Documents, Documents]:
         parts = text_data.split_documents(text_data.read_documents(paths, **reading), held_out=options.held_out)
-        training[name], held_out[name] = map(Documents, parts)
-    other = None if general is None else Documents(text_data.read_documents(general, **reading))
-    return _Texts(training, held_out, other)
+        return Documents(parts[0]), Documents(parts[1])
+
+    parts = {name: divided(paths) for name, paths in domains.items()}
+    training, held_out = ({name: each[number] for name, each in parts.items()} for number in (0, 1))
+    return _Texts(training, held_out, None if general is None else divided(general))
 
 
 def _check_amount(texts: _Texts, tokenizer: Any, options: TrainingOptions) -> None:
@@ -279,8 +291,8 @@ class _Asking:
                 PositionStudy(
                     domain=name,
                     as_it_comes=self._scan(name, organ, None, f"{name}, as it comes"),
-                    recovered=self._scan(name, organ, self.shares.short, f"{name}, after recovery"),
-                    control=self._scan(name, nothing, self.shares.short, f"{name}, untrained layers after recovery"),
+                    recovered=self._scan(name, organ, self.shares.recovery, f"{name}, after recovery"),
+                    control=self._scan(name, nothing, self.shares.recovery, f"{name}, untrained layers after recovery"),
                 )
             )
         return found
@@ -305,8 +317,8 @@ class _Asking:
         """Ask how organs stand beside LoRA and full fine-tuning."""
         return {
             name: compare(
-                self.directory.path, data=training, eval_data=self.texts.held_out[name], general=self.texts.general,
-                output=self.folder / f"comparison-{name}", tokens=self.shares.run, search_tokens=self.shares.short,
+                self.directory.path, data=training, eval_data=self.texts.held_out[name], general=self.texts.elsewhere,
+                output=self.folder / f"comparison-{name}", tokens=self.shares.run, search_tokens=self.shares.trial,
                 methods=METHODS, seeds=seeds, trials=trials, evaluations=4, isolated=self.isolated, overwrite=True,
                 trust_remote_code=self.trust, **self._options,
             )
@@ -314,14 +326,17 @@ class _Asking:
         }  # fmt: skip
 
     def cross_domain(self, seeds: int) -> CrossDomainReport:
-        """Ask whether organs of the other domains help with a small text of the first."""
+        """Ask whether organs of other domains help with a small text."""
         first, *others = self.texts.training
+        if self.texts.general is not None:
+            others, (target, held_out) = [first, *others], self.texts.general
+        else:
+            target, held_out = self.texts.training[first], self.texts.held_out[first]
         return study_cross_domain(
-            self.directory.path, domains={name: self.texts.training[name] for name in others},
-            target=self.texts.training[first], eval_data=self.texts.held_out[first],
-            output=self.folder / "cross-domain", tokens=self.shares.run, target_tokens=self.shares.run // QUARTER,
-            layers=self._count(), seeds=seeds, isolated=self.isolated, overwrite=True, trust_remote_code=self.trust,
-            **self._options,
+            self.directory.path, domains={name: self.texts.training[name] for name in others}, target=target,
+            eval_data=held_out, output=self.folder / "cross-domain", tokens=self.shares.run,
+            target_tokens=self.shares.trial, layers=self._count(), seeds=seeds, evaluations=4, isolated=self.isolated,
+            overwrite=True, trust_remote_code=self.trust, **self._options,
         )  # fmt: skip
 
     def organ(self, name: str, layers: str, protocol: str) -> Organ:
@@ -353,7 +368,7 @@ class _Asking:
         def make() -> ScanReport:
             log.info("positions: %s", title)
             return scan(
-                organ, self.directory.path, data=self.texts.held_out[domain], general=self.texts.general,
+                organ, self.directory.path, data=self.texts.held_out[domain], general=self.texts.elsewhere,
                 modes="insert", positions=self.places.positions, prune="never", max_tokens=self.eval_tokens,
                 recover_tokens=recover, recover_data=None if recover is None else self.texts.training[domain],
                 sequence_length=self.sequence_length, batch_size=self._batch_size, trust_remote_code=self.trust,
@@ -370,7 +385,7 @@ class _Asking:
 
     def _measure(self, organs: Sequence[Organ], recipient: Path) -> CompositionReport:
         return compose(
-            organs, recipient, data=self.texts.held_out, general=self.texts.general, max_tokens=self.eval_tokens,
+            organs, recipient, data=self.texts.held_out, general=self.texts.elsewhere, max_tokens=self.eval_tokens,
             sequence_length=self.sequence_length, batch_size=self._batch_size, trust_remote_code=self.trust,
         )  # fmt: skip
 

@@ -160,10 +160,10 @@ def conditions(report: PaperReport) -> str:
     return (
         f"{report.model} ({report.layer_count} layers), organs of {report.layers} layers, domains "
         f"{' and '.join(report.domains)}. {report.tokens:,} training tokens in all: {report.run_tokens:,} for each "
-        f"organ, sibling and measured run, {report.short_tokens:,} for each recovery at a position and each trial of a "
-        f"search, in steps of {options['batch_size']} x {options['sequence_length']}. The comparison and the last "
-        f"question ran with {len(report.seeds)} seeds, everything else once. All figures are of documents that nothing "
-        "trained on or was chosen by; intervals are 95 %, by bootstrap over documents."
+        f"organ, sibling and measured run, {report.recovery_tokens:,} for each recovery at a position, in steps of "
+        f"{options['batch_size']} x {options['sequence_length']}. The comparison and the last question ran with "
+        f"{len(report.seeds)} seeds, everything else once. All figures are of documents that nothing trained on or was "
+        "chosen by; intervals are 95 %, by bootstrap over documents."
     )
 
 

@@ -15,8 +15,6 @@ from neurograft.training.comparison_results import Comparison
 SCHEMA_VERSION = 1
 METHODS = ("organ", "standalone", "lora", "full")
 """What is compared: an organ trained in place, the paper's own protocol, LoRA and all weights."""
-QUARTER = 4
-"""A recovery, a trial of a search and the text of the cross-domain question have a quarter of a run's tokens."""
 # Fewer steps than this in the shortest runs say nothing.
 _FEWEST_STEPS = 2
 
@@ -27,8 +25,16 @@ class Shares:
 
     run: int
     """An organ, a sibling, a measured run of a comparison or of the cross-domain question."""
-    short: int
-    """A recovery at one position, or a trial of a search."""
+
+    @property
+    def recovery(self) -> int:
+        """At one position."""
+        return self.run // 2
+
+    @property
+    def trial(self) -> int:
+        """Of a search; there is as much text in the small domain of the cross-domain question."""
+        return self.run // 4
 
 
 class PositionStudy(_Part):
@@ -88,8 +94,8 @@ class PaperReport(_Part):
     """The budget of all training together."""
     run_tokens: int
     """What an organ, or a measured run, got of it."""
-    short_tokens: int
-    """What a recovery at one position, or a trial of a search, got of it."""
+    recovery_tokens: int
+    """What a recovery at one position got of it."""
     seeds: list[int]
     """Of the comparison and the cross-domain question; everything else ran once."""
     options: dict[str, Any]
@@ -106,12 +112,13 @@ class PaperReport(_Part):
     machine: str
 
 
-def divide(tokens: int, *, domains: int, positions: int, seeds: int, trials: int, step: int) -> Shares:
+def divide(tokens: int, *, domains: int, crossed: int, positions: int, seeds: int, trials: int, step: int) -> Shares:
     """Divide a budget among all runs.
 
     Args:
         tokens: The budget.
         domains: How many there are.
+        crossed: How many have an organ in the cross-domain question.
         positions: How many are tried.
         seeds: Runs of each method and arm.
         trials: Settings tried for each method; 1 is not tried but taken.
@@ -120,18 +127,16 @@ def divide(tokens: int, *, domains: int, positions: int, seeds: int, trials: int
     Raises:
         UsageError: It is too small.
     """
-    organs, siblings = 2 * domains, domains
-    compared = domains * len(METHODS) * seeds
-    crossed = seeds * (2 * (domains - 1) + 2)  # an organ and an arm of each other domain, and two controls
-    searched = domains * len(METHODS) * (trials if trials > 1 else 0)
-    short = searched + 2 * domains * positions
-    runs = organs + siblings + compared + crossed + short / QUARTER
-    share = int(tokens / runs) // step * step
-    least = QUARTER * _FEWEST_STEPS * step
-    if share < least:
+    organs, siblings, compared = 2 * domains, domains, domains * len(METHODS) * seeds
+    whole = organs + siblings + compared + seeds * (2 * crossed + 2)  # an organ and an arm of each, and two controls
+    recoveries, searched = 2 * domains * positions, domains * len(METHODS) * (trials if trials > 1 else 0)
+    runs = whole + recoveries / 2 + searched / 4
+    shares = Shares(int(tokens / runs) // step * step)
+    least = 4 * _FEWEST_STEPS * step
+    if shares.run < least:
         raise UsageError(
-            f"{tokens:,} tokens are too few: they are divided among {organs + siblings + compared + crossed} runs and "
-            f"{short} short ones, which would have {share} and {share // QUARTER}; give at least "
-            f"{math.ceil(runs * least):,}, or fewer seeds, trials or positions."
+            f"{tokens:,} tokens are too few: they are divided among {whole} runs, {recoveries} recoveries and "
+            f"{searched} trials, and a run would have {shares.run}; give at least {math.ceil(runs * least):,}, or "
+            "fewer seeds, trials or positions."
         )
-    return Shares(share, share // QUARTER)
+    return shares
