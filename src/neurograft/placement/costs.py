@@ -8,6 +8,7 @@ model tell what each of these costs for one layer, and every other range follows
 from __future__ import annotations
 
 import itertools
+import statistics
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-_STEPS = 3
+_STEPS = 4
 clock = time.perf_counter
 """What tells the seconds; where a machine is shared, a benchmark may count processor time instead."""
 # Bytes for each number that trains: its gradient, AdamW's two moments, the best value so far.
@@ -172,8 +173,8 @@ class _Probe:
             self.run = TrainingRun(model, Trainee.of_layers(trained, chosen.start), few, own, progress=note)
             self.run.train()
             self.kept = _kept_bytes(self.run, few)
-        self.step = min(later - earlier for earlier, later in itertools.pairwise(times))
-        """Seconds of a step, the least of a few."""
+        self.step = statistics.median(later - earlier for earlier, later in itertools.pairwise(times))
+        """Seconds of a step, the median of a few: training goes on amid whatever else the machine does."""
         model.requires_grad_(False)
 
 
@@ -229,16 +230,16 @@ def _time_forward(model: Any, run: TrainingRun, batches: Batches) -> tuple[float
             prefix.entering(ids)
 
     with torch.no_grad(), run.arithmetic.active(model.device):
-        layers = _least(below)
-        whole = _least(lambda: run.loss(ids, labels))
+        layers = _median(below)
+        whole = _median(lambda: run.loss(ids, labels))
     return (layers / count if count else whole), whole
 
 
-def _least(compute: Any) -> float:
+def _median(compute: Any) -> float:
     compute()
     times = []
     for _ in range(_STEPS):
         started = clock()
         compute()
         times.append(clock() - started)
-    return min(times)
+    return statistics.median(times)
