@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 
 import neurograft
 from neurograft import transplant
-from neurograft.cli import app
+from neurograft.cli import app, application
 from neurograft.organ import Organ
 from tiny import LAYERS
 
@@ -42,6 +42,19 @@ def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text("\n\n".join(f"report {number}: nothing to be seen, patient well" for number in range(12)))
     return path
+
+
+def test_long_work_is_told_line_by_line_where_there_is_no_terminal(
+    run: Run, donor: Path, organ: Organ, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    organ.save(tmp_path / "organ.safetensors")
+    command = ["train", tmp_path / "organ.safetensors", "--host", donor, "--data", text, "--steps", 3, "--json"]
+    result = run(*command, "--sequence-length", 16, "-o", tmp_path / "quick.safetensors")
+    assert "step 2/3" not in result.stderr  # short work needs no telling
+    monkeypatch.setattr(application, "_SECONDS_BETWEEN_LINES", 0.0)
+    result = run(*command, "--sequence-length", 16, "-o", tmp_path / "told.safetensors")
+    assert re.search(r"^step 2/3 .* held-out perplexity [\d.]+", result.stderr, re.MULTILINE)
+    assert json.loads(result.stdout)["name"]
 
 
 def test_the_whole_story_by_command(run: Run, donor: Path, recipient: Path, text: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from neurograft.errors import ModelError
+from neurograft.errors import ModelError, UsageError
 from neurograft.training.low_rank import LowRankChanges
 from tiny import make_model, token_ids
 
@@ -48,3 +48,11 @@ def test_the_same_seed_starts_the_same() -> None:
 def test_layers_without_linear_maps_are_refused() -> None:
     with pytest.raises(ModelError, match="no linear maps"):
         LowRankChanges([torch.nn.LayerNorm(3)], 2, seed=0)
+
+
+def test_a_rank_beyond_every_matrix_is_refused_and_nothing_is_changed() -> None:
+    model: Any = make_model("llama")
+    layers = list(model.model.layers)
+    with pytest.raises(UsageError, match="rank 4096 is more than any matrix of the organ has"):
+        LowRankChanges(layers, 4096, seed=0)
+    assert all("forward" not in vars(module) for layer in layers for module in layer.modules())

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ EXIT_NO = 1  # the verdict is no: an organ that does not fit, a gate that does n
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 PIPED_WIDTH = 140
+_SECONDS_BETWEEN_LINES = 30.0
 _WrongArguments: Any = typer.BadParameter.__mro__[2]  # the parent of all that is wrong with arguments
 
 app = typer.Typer(
@@ -48,6 +50,16 @@ class Screen:
         self.out = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
         self.err = Console(stderr=True, quiet=ranks.rank() > 0)
         self.status: Status | None = None
+        self._said = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """Show what is being done: in the status line or, where there is no terminal, as a line now and then."""
+        if self.err.is_terminal:
+            if self.status is not None:
+                self.status.update(text)
+        elif time.monotonic() - self._said >= _SECONDS_BETWEEN_LINES:
+            self._said = time.monotonic()
+            self.err.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def result(
         self, document: BaseModel | dict[str, Any], pretty: RenderableType | Callable[[], RenderableType]
@@ -71,15 +83,14 @@ class Screen:
 
 
 class _StatusHandler(logging.Handler):
-    """Show what neurograft is doing right now in the status line."""
+    """Show what neurograft is doing right now."""
 
     def __init__(self, screen: Screen) -> None:
         super().__init__(logging.INFO)
         self.screen = screen
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self.screen.status is not None:
-            self.screen.status.update(record.getMessage())
+        self.screen.say(record.getMessage())
 
 
 @contextmanager
@@ -121,12 +132,11 @@ def running(as_json: bool, doing: str) -> Iterator[Screen]:
 
 @contextmanager
 def training_display(screen: Screen) -> Iterator[Callable[[Any], None]]:
-    """Yield a callback that shows a training run's progress in the status line."""
+    """Yield a callback that shows a training run's progress."""
     from neurograft.progress import training_line
 
     def show(progress: Any) -> None:
-        if screen.status is not None:
-            screen.status.update(training_line(progress))
+        screen.say(training_line(progress))
 
     yield show
 

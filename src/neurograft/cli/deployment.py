@@ -47,8 +47,7 @@ def deploy(
         from neurograft.progress import evaluation_line
 
         def show(done: int, total: int) -> None:
-            if screen.status is not None:
-                screen.status.update(evaluation_line(done, total))
+            screen.say(evaluation_line(done, total))
 
         report = deploying.deploy(
             organ,

@@ -64,8 +64,7 @@ def evaluate(
         from neurograft.progress import evaluation_line
 
         def show(done: int, total: int) -> None:
-            if screen.status is not None:
-                screen.status.update(evaluation_line(done, total))
+            screen.say(evaluation_line(done, total))
 
         report = evaluation.evaluate(
             model,
@@ -171,8 +170,7 @@ def scan(
         from neurograft.progress import scan_line
 
         def show(progress: Any) -> None:
-            if screen.status is not None:
-                screen.status.update(scan_line(progress))
+            screen.say(scan_line(progress))
 
         report = scanning.scan(
             organ,
@@ -251,8 +249,7 @@ def compose(
         from neurograft.progress import evaluation_line
 
         def show(done: int, total: int) -> None:
-            if screen.status is not None:
-                screen.status.update(evaluation_line(done, total))
+            screen.say(evaluation_line(done, total))
 
         report = composition.compose(
             organs,

@@ -71,8 +71,7 @@ def audit(
         from neurograft.progress import evaluation_line
 
         def show(done: int, total: int) -> None:
-            if screen.status is not None:
-                screen.status.update(evaluation_line(done, total))
+            screen.say(evaluation_line(done, total))
 
         report = auditing.audit(
             organ,

@@ -106,8 +106,7 @@ def verify(
         from neurograft.trust import tables, verifying
 
         def show(done: int, total: int) -> None:
-            if screen.status is not None:
-                screen.status.update(evaluation_line(done, total))
+            screen.say(evaluation_line(done, total))
 
         result = verifying.verify(
             organ,

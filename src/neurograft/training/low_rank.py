@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from neurograft.errors import ModelError
+from neurograft.errors import ModelError, UsageError
 from neurograft.sharding import fill, whole
 from neurograft.surgery import Undo
 
@@ -24,21 +24,27 @@ class LowRankChanges:
 
     Raises:
         ModelError: The layers have no linear map of a known kind.
+        UsageError: The rank is more than that of any of them.
     """
 
     def __init__(self, layers: Sequence[torch.nn.Module], rank: int, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self._undo = Undo()
-        self._changed: list[Any] = []
-        for layer in layers:
-            for module in list(layer.modules()):
-                sizes = _sizes(module)
-                if sizes is not None:
-                    self._change(module, *sizes, rank, generator)
-        if not self._changed:
+        maps = [(module, _sizes(module)) for layer in layers for module in layer.modules()]
+        known = [(module, sizes) for module, sizes in maps if sizes is not None]
+        if not known:
             raise ModelError(
                 "the organ's layers have no linear maps that could be changed by low rank; leave --rank out."
             )
+        largest = max(min(sizes) for _, sizes in known)
+        if rank > largest:
+            raise UsageError(
+                f"rank {rank} is more than any matrix of the organ has, which is {largest} at most; give a lower "
+                "--rank, or leave it out, which trains all of it."
+            )
+        generator = torch.Generator().manual_seed(seed)
+        self._undo = Undo()
+        self._changed: list[Any] = []
+        for module, sizes in known:
+            self._change(module, *sizes, rank, generator)
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
