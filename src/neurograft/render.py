@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from neurograft.composition_report import CompositionReport
     from neurograft.evaluation import EvaluationReport
     from neurograft.manifest import Manifest, SurgicalRecord
-    from neurograft.placement.proposal import PlanReport, Proposal
+    from neurograft.placement.plan_results import PlanReport, Proposal
     from neurograft.placement.results import Place, ScanReport
     from neurograft.removal import Removal
     from neurograft.reporting.writing import ReportWritten
@@ -323,8 +323,8 @@ def plan(report: PlanReport) -> RenderableType:
     """Render what `plan` proposes: each organ that was tried, what it will cost, and what to run."""
     table = Table(
         title=Text(
-            f"{report.model}, {report.tokens:,} training tokens: predicted costs, and held-out perplexity after "
-            f"{report.trial_tokens:,} (untrained {report.untrained:.2f})"
+            f"{report.model}, {report.tokens:,} training tokens: predicted costs, and held-out perplexity after trials "
+            f"(untrained {report.untrained:.2f})"
         ),
         title_justify="left",
     )
@@ -346,7 +346,7 @@ def _proposal_cells(proposal: Proposal) -> list[str]:
         f"{cost.seconds:,.0f}",
         human_bytes(cost.memory),
         human_bytes(cost.bytes),
-        "not tried" if proposal.trial is None else f"{proposal.trial:.2f}",
+        proposal.show_trial(),
     ]
 
 

@@ -12,14 +12,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from conftest import Factory
 from neurograft import extract, plan
 from neurograft.arithmetic import Arithmetic
 from neurograft.cli import app
 from neurograft.data import pack
 from neurograft.errors import UsageError
+from neurograft.models import resolve
 from neurograft.placement.costs import Measured, _Probe, measure, predict
-from neurograft.placement.proposal import PlanReport, Proposal, parse_budget, shortlist
+from neurograft.placement.plan_results import PlanReport, Proposal
+from neurograft.placement.proposal import parse_budget
 from neurograft.placement.signals import layer_signals, logit_lens
+from neurograft.placement.trials import Trials, shortlist
 from neurograft.training.loop import Batches
 from neurograft.training.options import TrainingOptions, parse_options
 from tiny import LAYERS, make_model
@@ -152,6 +156,29 @@ def test_the_lens_reads_what_the_head_makes_of_each_boundary(kind: str) -> None:
     assert all("forward" not in vars(layer) for layer in layers)
 
 
+def test_the_better_half_of_the_candidates_trains_again_for_twice_as_long(model_directory: Factory) -> None:
+    model: Any = make_model("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    options, batches = TrainingOptions(**OPTIONS), _batches(40)
+    candidates = [_proposal(start, start + 1, 0) for start in range(LAYERS)]
+    directory, said = resolve(model_directory("llama")), list[str]()
+    trials = Trials(model, directory, batches, options, trust_remote_code=False, say=said.append)
+
+    def insertion(layers: range) -> Proposal:
+        proposal = _proposal(layers.start, layers.stop, 0)
+        return proposal.model_copy(update={"protocol": "insert", "mode": "insert"})
+
+    found = trials.run(candidates, 2 * 64, insertion)
+    assert sorted(p.layers for p in found if p.protocol == "in_place") == [p.layers for p in candidates]
+    assert [p.trial_tokens // 64 for p in found] == [8, 8, 4, 4, 2, 2, 2]  # seven, then four, then two
+    assert all(a.trial <= b.trial for a, b in itertools.pairwise(found) if a.trial_tokens == b.trial_tokens)  # type: ignore[operator]
+    assert sum("inserted" in line for line in said) >= 1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    # With little to train on in all, one round must do.
+    short = Trials(model, directory, _batches(7), options, trust_remote_code=False, say=said.append)
+    assert {p.trial_tokens for p in short.run(candidates, 2 * 64, lambda _: None)} == {2 * 64}
+
+
 def test_the_plan_keeps_to_its_budget_and_its_commands_run(recipient: Path, text: Path, tmp_path: Path) -> None:
     size = sum(t.nbytes for t in extract(recipient, layers=(0, 1)).tensors.values())
     report = plan(
@@ -172,8 +199,8 @@ def test_the_plan_keeps_to_its_budget_and_its_commands_run(recipient: Path, text
         assert proposal.trial <= report.untrained and proposal.cost.seconds > 0
         start = int(proposal.layers.split(":")[0])
         assert proposal.gradient == pytest.approx(sum(report.gradients[start : start + proposal.count]))
-    trials = [proposal.trial for proposal in report.proposals]
-    assert trials == sorted(trials, key=lambda trial: trial or 0)
+    ranks = [(-proposal.trial_tokens, proposal.trial or 0) for proposal in report.proposals]
+    assert ranks == sorted(ranks) and report.trial_tokens == report.best.trial_tokens
     assert report.paper.layers == "2:5" and report.paper.trial is None  # too many bytes
     for command in report.commands:
         words = shlex.split(command.replace("DATA", str(text)))[1:]

@@ -16,7 +16,7 @@ from neurograft.cli import app
 from neurograft.errors import OrganFileError, UsageError
 from neurograft.organ import Organ
 from neurograft.placement.costs import Cost
-from neurograft.placement.proposal import PlanReport, Proposal
+from neurograft.placement.plan_results import PlanReport, Proposal
 from neurograft.placement.results import Place, PlaceScore, ScannedText, ScanReport
 
 SENTENCES = "".join(f"report {n}: a shadow of grade {n % 7} in the left lung\n\n" for n in range(40))

@@ -50,7 +50,11 @@ def plan(
     trials: Annotated[int, typer.Option("--trials", min=1, help="How many ranges of layers are tried.")] = 6,
     trial_tokens: Annotated[
         int | None,
-        typer.Option("--trial-tokens", min=1, help="Training tokens of each [default: a sixteenth of the tokens]."),
+        typer.Option(
+            "--trial-tokens",
+            min=1,
+            help="Training tokens of each at first [default: a thirty-second of the tokens].",
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the report there too, as JSON.")

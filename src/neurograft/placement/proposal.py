@@ -9,22 +9,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
 from neurograft.anatomy import describe
-from neurograft.errors import ModelError, UsageError
-from neurograft.extraction import extract, parse_layers
+from neurograft.errors import UsageError
+from neurograft.extraction import parse_layers
 from neurograft.files import atomic_file, check_output_file, human_bytes
-from neurograft.identity import as_identity
 from neurograft.layer_weights import to_disk
-from neurograft.manifest import Mode
 from neurograft.models import ModelDirectory, load_config, load_model, load_tokenizer, resolve
-from neurograft.placement.costs import Cost, Measured, measure, predict, restored
+from neurograft.placement.costs import Measured, measure, predict
+from neurograft.placement.plan_results import PlanReport, Proposal
 from neurograft.placement.signals import layer_signals, logit_lens
-from neurograft.surgery import attach, detach
+from neurograft.placement.trials import Trials, shortlist
 from neurograft.training.loop import Batches, Trainee, TrainingRun
 from neurograft.training.options import TrainingOptions, fit_to_model, parse_options
 from neurograft.training.protocols import read_texts
@@ -41,65 +39,7 @@ _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _AMOUNT = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]?)b?\s*$", re.IGNORECASE)
 _LIMITS = ("tokens", "seconds", "memory", "bytes")
 _COUNTS = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
-_TRIAL_SHARE = 16
-# Identities are found by trying each tensor, which takes too long for more layers.
-_INSERTED_AT_MOST = 6
-
-
-class _Result(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Proposal(_Result):
-    """One organ that could be trained."""
-
-    layers: str
-    """`START:STOP`, half-open from 0; of `insert`, where the copies come from."""
-    protocol: Literal["in_place", "insert"]
-    mode: Mode
-    position: int
-    cost: Cost
-    """What training it on all of the tokens will cost."""
-    gradient: float
-    """Summed squared gradient of its layers, in nats squared."""
-    trial: float | None
-    """Held-out perplexity after a few steps; `None` where it was not tried."""
-
-    @property
-    def count(self) -> int:
-        """K."""
-        start, _, stop = self.layers.partition(":")
-        return int(stop) - int(start)
-
-
-class PlanReport(_Result):
-    """What `plan` found."""
-
-    model: str
-    layer_count: int
-    tokens: int
-    """Training tokens that costs are predicted for."""
-    steps: int
-    trial_tokens: int
-    budget: dict[str, float]
-    untrained: float
-    """Held-out perplexity of the model as it is."""
-    gradients: list[float]
-    """For each layer the mean squared norm of its gradient on the text, in nats squared."""
-    influence: list[float]
-    """For each layer 1 less the mean cosine between what enters and what leaves it."""
-    lens: list[float]
-    """Loss on the text read off after 0 to L layers, in nats per token; empty where the model does not let it be."""
-    best: Proposal
-    """The one with the lowest perplexity after the trial."""
-    proposals: list[Proposal]
-    """All that were tried, the best first."""
-    paper: Proposal
-    """The paper's choice, three layers from floor(L/3), for comparison; it may exceed the budget."""
-    seconds: float
-    """That planning took, loading not counted."""
-    commands: list[str]
-    """What to run."""
+_TRIAL_SHARE = 32
 
 
 PlanProgress = Callable[[str], None]
@@ -126,7 +66,8 @@ def plan(
 
     A few real steps at both ends of the model tell what every range of layers costs. Of the ranges that the budget
     allows, the paper's, some in the middle and those with the largest gradients on the text are trained for a short
-    while, and the one that learns most is proposed.
+    while; the better half of them again, from the start, for twice as long, and so on until two are left. The one that
+    then learns most is proposed.
 
     Args:
         model: The host: a local transformers directory, a `.gguf` file or a Hub id.
@@ -136,7 +77,7 @@ def plan(
             M or G.
         eval_data: Held-out text; left out, a share of the documents of `data` is kept for it.
         trials: How many ranges are tried.
-        trial_tokens: Tokens that each is trained on; left out, a sixteenth of the tokens.
+        trial_tokens: Tokens that each is trained on in the first round; left out, a thirty-second of the tokens.
         output: File to write the report to, as JSON.
         text_column: Column that holds the text, in tables.
         document_separator: What separates documents in `.txt` files, instead of blank lines.
@@ -168,7 +109,7 @@ def plan(
     loaded = load_model(directory, dtype=torch.float32, trust_remote_code=trust_remote_code)
     torch.nn.Module.to(loaded, torch.accelerator.current_accelerator() or torch.device("cpu"))
     case = _Case(loaded, directory, batches, chosen, limits, trust_remote_code, progress)
-    report = case.plan(str(model), tokenizer, texts, trials, trial_tokens)
+    report = case.plan(str(model), trials, trial_tokens)
     if output is not None:
         with atomic_file(Path(output), overwrite=overwrite) as temporary:
             temporary.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -227,7 +168,7 @@ class _Case:
             width = stored.itemsize if tensor.is_floating_point() else tensor.element_size()
             self._sizes[int(name.split(".")[1])] += tensor.numel() * width
 
-    def plan(self, reference: str, tokenizer: Any, texts: Any, trials: int, trial_tokens: int | None) -> PlanReport:
+    def plan(self, reference: str, trials: int, trial_tokens: int | None) -> PlanReport:
         """Measure, choose, try."""
         started = time.monotonic()
         self._say("measuring a few steps at both ends of the model")
@@ -258,26 +199,25 @@ class _Case:
             )
         tokens = self.batches.steps * self.batches.step_size * self.batches.training.input_ids.shape[1]
         few = trial_tokens or max(tokens // _TRIAL_SHARE, 1)
-        trial = self.options.model_copy(
-            update={"max_tokens": few, "epochs": None, "steps": None, "evaluations": 1, "patience": 2, "strength": 1.0}
-        )
-        few_batches = Batches.build(texts, tokenizer, trial)
-        tried, untrained = [], math.nan
-        for number, proposal in enumerate(shortlist(possible, trials, len(self.layers))):
-            self._say(f"trying layers {proposal.layers} in place ({number + 1})")
-            untrained, perplexity = self._try(few_batches, trial, proposal)
-            tried.append(proposal.model_copy(update={"trial": perplexity}))
-        tried += self._try_inserted(measured, gradients, few_batches, trial, tried)
-        tried.sort(key=lambda proposal: proposal.trial or math.inf)
+        trying = Trials(
+            self.model, self.directory, self.batches, self.options, trust_remote_code=self.trust_remote_code,
+            say=self._say,
+        )  # fmt: skip
+
+        def insertion(layers: range) -> Proposal | None:
+            proposal = self._proposal(measured, gradients, layers, inserted=True)
+            return proposal if self._fits(proposal) else None
+
+        tried = trying.run(shortlist(possible, trials, len(self.layers)), few, insertion)
         paper = next((p for p in tried if (p.layers, p.protocol) == (paper.layers, paper.protocol)), paper)
         return PlanReport(
             model=self.directory.name,
             layer_count=len(self.layers),
             tokens=tokens,
             steps=self.batches.steps,
-            trial_tokens=few_batches.steps * few_batches.step_size * few_batches.training.input_ids.shape[1],
+            trial_tokens=tried[0].trial_tokens,
             budget=self.limits,
-            untrained=untrained,
+            untrained=trying.untrained,
             gradients=gradients,
             influence=influence,
             lens=lens,
@@ -312,78 +252,6 @@ class _Case:
         cost = proposal.cost
         found = {"seconds": cost.seconds, "memory": cost.memory, "bytes": cost.bytes}
         return all(value <= self.limits.get(name, math.inf) for name, value in found.items())
-
-    def _try(self, batches: Batches, options: TrainingOptions, proposal: Proposal) -> tuple[float, float]:
-        """Train a proposed organ for a short while; return the held-out perplexity before and after."""
-        chosen = self.layers[proposal.position : proposal.position + proposal.count]
-        with restored(chosen):
-            return self._train(batches, options, chosen, proposal.position)
-
-    def _train(
-        self, batches: Batches, options: TrainingOptions, layers: Sequence[nn.Module], position: int
-    ) -> tuple[float, float]:
-        run = TrainingRun(self.model, Trainee.of_layers(layers, position), batches, options)
-        run.train()
-        self.model.requires_grad_(False)
-        losses = [loss for _, loss in run.state.held_out]
-        return math.exp(min(losses[0], 700)), math.exp(min(losses[run.state.best], 700))
-
-    def _try_inserted(
-        self,
-        measured: Measured,
-        gradients: list[float],
-        batches: Batches,
-        options: TrainingOptions,
-        tried: Sequence[Proposal],
-    ) -> list[Proposal]:
-        """Try the best of the smaller organs as identities inserted at its place, if that keeps to the budget."""
-        small = [proposal for proposal in tried if proposal.count <= _INSERTED_AT_MOST]
-        if not small:
-            return []
-        best = min(small, key=lambda proposal: proposal.trial or math.inf)
-        layers = range(best.position, best.position + best.count)
-        proposal = self._proposal(measured, gradients, layers, inserted=True)
-        if not self._fits(proposal):
-            return []
-        self._say(f"trying layers {proposal.layers} inserted as identities")
-        try:
-            organ = as_identity(
-                extract(self.directory.path, layers=layers, verify="bytes", trust_remote_code=self.trust_remote_code)
-            )
-        except ModelError as error:
-            log.info("insert is not tried: %s", error)
-            return []
-        attachment = attach(self.model, organ, at=layers.start, mode="insert", verify=False)
-        try:
-            _, perplexity = self._train(batches, options, attachment.layers, layers.start)
-        finally:
-            detach(self.model)
-        return [proposal.model_copy(update={"trial": perplexity})]
-
-
-def shortlist(possible: Sequence[Proposal], trials: int, layer_count: int) -> list[Proposal]:
-    """Choose what to try.
-
-    Gradients are largest at the two ends of a model, and a late organ costs least, so by them alone the middle, where
-    organs often learn most, would never be tried. So the paper's choice comes first, then the longest ranges from a
-    third and from half of the layers on, and then, of each number of layers, the range with the largest gradients.
-
-    Args:
-        possible: All that keep to the budget.
-        trials: How many are chosen at most.
-        layer_count: L.
-    """
-    auto = parse_layers("auto", layer_count)
-    chosen = [proposal for proposal in possible if proposal.layers == f"{auto.start}:{auto.stop}"]
-    for start in (layer_count // 3, layer_count // 2):
-        chosen += sorted((p for p in possible if p.position == start), key=lambda p: -p.count)[:1]
-    best: dict[int, Proposal] = {}
-    for proposal in possible:
-        known = best.get(proposal.count)
-        if known is None or proposal.gradient > known.gradient:
-            best[proposal.count] = proposal
-    chosen += sorted(best.values(), key=lambda proposal: -proposal.gradient)
-    return list({proposal.layers: proposal for proposal in chosen}.values())[:trials]
 
 
 def _stored_dtype(directory: ModelDirectory) -> torch.dtype:

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from neurograft.manifest import Manifest, Mode, Origin
-from neurograft.placement.proposal import PlanReport
+from neurograft.placement.plan_results import PlanReport
 from neurograft.placement.results import Place, ScanReport
 
 # Told apart by colour-blind people too, on light and on dark ground.

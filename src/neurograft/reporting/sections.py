@@ -9,7 +9,7 @@ from neurograft.composition_report import CompositionReport
 from neurograft.evaluation import EvaluationReport
 from neurograft.files import human_bytes
 from neurograft.manifest import Evaluation, Manifest, Operation, Origin, SurgicalRecord
-from neurograft.placement.proposal import PlanReport, Proposal
+from neurograft.placement.plan_results import PlanReport, Proposal
 from neurograft.placement.results import Place, ScanReport
 from neurograft.reporting import pictures
 from neurograft.reporting.continuations import Continuation
@@ -161,7 +161,7 @@ def evaluation_section(name: str, report: EvaluationReport) -> str:
 def plan_section(name: str, report: PlanReport) -> str:
     """Render a plan: what each organ that was tried will cost and promises, and what of the layers speaks for it."""
     best = report.best
-    header = ["layers", "protocol", "seconds", "memory", "file", "perplexity after the trial"]
+    header = ["layers", "protocol", "seconds", "memory", "file", "perplexity after a trial of so many tokens"]
     description = "squared gradient and block influence of each layer, each over its largest"
     read = plot(pictures.lens(report), "loss on the text read off after each layer") if report.lens else ""
     limits = ", ".join(f"{name} {amount:g}" for name, amount in report.budget.items()) or "none"
@@ -169,8 +169,9 @@ def plan_section(name: str, report: PlanReport) -> str:
         f"A plan: {name}",
         paragraph(
             f"For {report.model} and {report.tokens:,} training tokens (limits: {limits}): layers {best.layers}, "
-            f"{best.protocol}, {best.mode} at position {best.position}. Each organ was tried on "
-            f"{report.trial_tokens:,} tokens; the model as it is has a held-out perplexity of {report.untrained:.2f}."
+            f"{best.protocol}, {best.mode} at position {best.position}. All organs were tried on a few tokens, the "
+            f"better half again on twice as many, and so on to {report.trial_tokens:,}; the model as it is has a "
+            f"held-out perplexity of {report.untrained:.2f}."
         ),
         table(header, [_proposal_row(proposal) for proposal in report.proposals]),
         section("What the layers say", plot(pictures.signals(report), description), level=3),
@@ -180,9 +181,15 @@ def plan_section(name: str, report: PlanReport) -> str:
 
 def _proposal_row(proposal: Proposal) -> list[str]:
     cost = proposal.cost
-    trial = "not tried" if proposal.trial is None else f"{proposal.trial:.2f}"
     size = human_bytes(cost.bytes)
-    return [proposal.layers, proposal.protocol, f"{cost.seconds:,.0f}", human_bytes(cost.memory), size, trial]
+    return [
+        proposal.layers,
+        proposal.protocol,
+        f"{cost.seconds:,.0f}",
+        human_bytes(cost.memory),
+        size,
+        proposal.show_trial(),
+    ]
 
 
 def scan_section(name: str, report: ScanReport) -> str:

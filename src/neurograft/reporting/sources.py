@@ -14,7 +14,7 @@ from neurograft.errors import UsageError
 from neurograft.evaluation import EvaluationReport
 from neurograft.manifest import Manifest, SurgicalRecord
 from neurograft.organ import read_manifest
-from neurograft.placement.proposal import PlanReport
+from neurograft.placement.plan_results import PlanReport
 from neurograft.placement.results import ScanReport
 from neurograft.record import read_record
 from neurograft.study.paper_results import PaperReport

@@ -1,0 +1,145 @@
+"""Short trials of candidates for a new organ: all of them briefly, the better half for longer."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from neurograft.anatomy import describe
+from neurograft.errors import ModelError
+from neurograft.extraction import extract, parse_layers
+from neurograft.identity import as_identity
+from neurograft.models import ModelDirectory
+from neurograft.placement.costs import restored
+from neurograft.placement.plan_results import Proposal
+from neurograft.surgery import attach, detach
+from neurograft.training.loop import Batches, Trainee, TrainingRun
+from neurograft.training.options import TrainingOptions
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+log = logging.getLogger("neurograft")
+
+_FINALISTS = 2
+# Identities are found by trying each tensor, which takes too long for more layers.
+_INSERTED_AT_MOST = 6
+
+
+def shortlist(possible: Sequence[Proposal], trials: int, layer_count: int) -> list[Proposal]:
+    """Choose what to try.
+
+    Gradients are largest at the two ends of a model, and a late organ costs least, so by them alone the middle, where
+    organs often learn most, would never be tried. So the paper's choice comes first, then the longest ranges from a
+    third and from half of the layers on, and then, of each number of layers, the range with the largest gradients.
+
+    Args:
+        possible: All that keep to the budget.
+        trials: How many are chosen at most.
+        layer_count: L.
+    """
+    auto = parse_layers("auto", layer_count)
+    chosen = [proposal for proposal in possible if proposal.layers == f"{auto.start}:{auto.stop}"]
+    for start in (layer_count // 3, layer_count // 2):
+        chosen += sorted((p for p in possible if p.position == start), key=lambda p: -p.count)[:1]
+    best: dict[int, Proposal] = {}
+    for proposal in possible:
+        known = best.get(proposal.count)
+        if known is None or proposal.gradient > known.gradient:
+            best[proposal.count] = proposal
+    chosen += sorted(best.values(), key=lambda proposal: -proposal.gradient)
+    return list({proposal.layers: proposal for proposal in chosen}.values())[:trials]
+
+
+class Trials:
+    """Trains candidates from their start for a short while, the better half of them for twice as long, and so on.
+
+    Args:
+        model: The host; it is afterwards as it was.
+        directory: Where it is from.
+        batches: The text, as the whole training will see it.
+        options: How the whole training will be done.
+        trust_remote_code: See `neurograft.models.resolve`.
+        say: Called with what is being done.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, directory: ModelDirectory, batches: Batches, options: TrainingOptions, *,
+        trust_remote_code: bool, say: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self._model, self._directory, self._batches = model, directory, batches
+        self._trust, self._say = trust_remote_code, say
+        self._layers: list[nn.Module] = list(model.get_submodule(describe(model).layers_path).children())
+        self._step = batches.step_size * batches.training.input_ids.shape[1]
+        self._options = options.model_copy(update={"evaluations": 1, "patience": 2, "strength": 1.0})
+        self.untrained = math.nan
+        """Held-out perplexity of the model as it is."""
+
+    def run(
+        self, candidates: Sequence[Proposal], tokens: int, insertion: Callable[[range], Proposal | None]
+    ) -> list[Proposal]:
+        """Return all candidates, those that went furthest first, and of them the best.
+
+        Args:
+            candidates: What to try.
+            tokens: Training tokens of each trial in the first round; no later one has more than half of the whole
+                training's.
+            insertion: Returns the candidate that inserts a copy of some layers as identities, if there is one.
+        """
+        left, done = list(candidates), list[Proposal]()
+        while True:
+            found = [self._try(proposal, tokens) for proposal in left]
+            if not done:
+                found += self._try_inserted(found, tokens, insertion)
+            found.sort(key=lambda proposal: proposal.trial or math.inf)
+            if len(found) <= _FINALISTS or 4 * tokens > self._batches.steps * self._step:
+                return found + done
+            kept = max(math.ceil(len(found) / 2), _FINALISTS)
+            left, done, tokens = found[:kept], found[kept:] + done, 2 * tokens
+
+    def _try(self, proposal: Proposal, tokens: int) -> Proposal:
+        batches = dataclasses.replace(self._batches, steps=math.ceil(tokens / self._step))
+        how = "inserted as identities" if proposal.protocol == "insert" else "in place"
+        self._say(f"trying layers {proposal.layers} {how}, {batches.steps * self._step:,} tokens")
+        with self._in_the_model(proposal) as layers:
+            run = TrainingRun(self._model, Trainee.of_layers(layers, proposal.position), batches, self._options)
+            run.train()
+        self._model.requires_grad_(False)
+        losses = [min(loss, 700) for _, loss in run.state.held_out]
+        self.untrained = math.exp(losses[0])
+        reached = {"trial": math.exp(losses[run.state.best]), "trial_tokens": batches.steps * self._step}
+        return proposal.model_copy(update=reached)
+
+    @contextmanager
+    def _in_the_model(self, proposal: Proposal) -> Iterator[Sequence[nn.Module]]:
+        """Yield a candidate's layers, in their place in the model."""
+        start, stop = proposal.position, proposal.position + proposal.count
+        if proposal.protocol == "in_place":
+            with restored(self._layers[start:stop]):
+                yield self._layers[start:stop]
+            return
+        path, trust = self._directory.path, self._trust
+        organ = as_identity(extract(path, layers=(start, stop), verify="bytes", trust_remote_code=trust))
+        attachment = attach(self._model, organ, at=start, mode="insert", verify=False)
+        try:
+            yield attachment.layers
+        finally:
+            detach(self._model)
+
+    def _try_inserted(
+        self, tried: Sequence[Proposal], tokens: int, insertion: Callable[[range], Proposal | None]
+    ) -> list[Proposal]:
+        """Try the best of the smaller organs as identities inserted at its place, where that is possible."""
+        small = [proposal for proposal in tried if proposal.count <= _INSERTED_AT_MOST]
+        best = min(small, key=lambda proposal: proposal.trial or math.inf, default=None)
+        inserted = None if best is None else insertion(range(best.position, best.position + best.count))
+        try:
+            return [] if inserted is None else [self._try(inserted, tokens)]
+        except ModelError as error:
+            log.info("insert is not tried: %s", error)
+            return []
