@@ -20,7 +20,7 @@ def paper_sections(report: PaperReport) -> list[str]:
         ],
         [sections.cross_domain_section("a small text", report.cross_domain)],
     )
-    parts = [section(f"{report.model} and {paper_report.PAPER}", paragraph(paper_report.conditions(report)))]
+    parts = [section(f"Beside {paper_report.PAPER}", paragraph(paper_report.conditions(report)))]
     for number, (question, more) in enumerate(zip(paper_report.QUESTIONS, details, strict=True), 1):
         answers = [paragraph(answer) for answer in question.answers(report)]
         title = f"{number}. {question.title}"
