@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -20,6 +21,11 @@ from neurograft.organ import Organ
 from tiny import make_tokenizer, save_model
 
 Factory = Callable[..., Path]
+
+# Here, and in every process that a test starts, connections to anything but this machine are refused.
+OFFLINE = Path(__file__).parent / "offline"
+runpy.run_path(str(OFFLINE / "sitecustomize.py"))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(OFFLINE), os.environ.get("PYTHONPATH")]))
 
 
 @pytest.fixture(autouse=True)

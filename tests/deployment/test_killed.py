@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from conftest import OFFLINE
 from deployments import write_gates
 from neurograft.organ import Organ
 
@@ -26,7 +27,7 @@ def trials(request: pytest.FixtureRequest, hospital: Path, tmp_path: Path, organ
         [sys.executable, str(HERE / "killed.py"), *map(str, words)],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}{os.pathsep}{OFFLINE}"},
         timeout=600,
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
