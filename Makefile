@@ -72,7 +72,7 @@ demo: venv  ## the whole story on a real model, in under 10 minutes
 # brings along do too, so that the same lock takes the CPU build where one is offered and PyPI's build elsewhere.
 lock:  ## pin what pyproject.toml needs in requirements.lock
 	@$(BIN)/python -c 'import piptools' 2>/dev/null || $(MAKE) venv
-	$(BIN)/python -m piptools compile --quiet $(UPGRADE) --upgrade-package torch==$(TORCH) --extra dev --extra docs --extra compare --extra oci --extra trust --extra redact --extra gates \
+	$(BIN)/python -m piptools compile --quiet $(UPGRADE) --upgrade-package torch==$(TORCH) --extra dev --extra docs --extra compare --extra oci --extra trust --extra redact --extra gates --extra dp \
 		--strip-extras --allow-unsafe --annotation-style line --no-header \
 		--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --output-file requirements.lock pyproject.toml
 	@{ echo "# Every package, pinned. Made by: make lock"; sed -E \
