@@ -303,6 +303,29 @@ def pack(token_lists: Sequence[Sequence[int]], *, sequence_length: int, separato
     return PackedTokens(ids, labels, len(stream))
 
 
+def pack_apart(token_lists: Sequence[Sequence[int]], *, sequence_length: int, separator_id: int) -> PackedTokens:
+    """Give each document a sequence of its own: its beginning, and end-of-text and padding if there is room.
+
+    Args:
+        token_lists: Token ids of each document, at least one.
+        sequence_length: T.
+        separator_id: The end-of-text token, which also pads.
+
+    Raises:
+        DataError: There are no tokens.
+    """
+    import torch
+
+    rows = [[*tokens, separator_id][:sequence_length] for tokens in token_lists if tokens]
+    if not rows:
+        raise DataError("the tokenizer made no tokens of the text.")
+    ids = torch.full((len(rows), sequence_length), separator_id, dtype=torch.long)  # (N, T)
+    labels = torch.full_like(ids, IGNORED_LABEL)  # (N, T)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = labels[number, : len(row)] = torch.tensor(row)
+    return PackedTokens(ids, labels, sum(map(len, rows)))
+
+
 def fingerprint(documents: Sequence[str]) -> str:
     """Return a SHA-256 over documents, in order, each preceded by its length."""
     digest = hashlib.sha256()

@@ -77,15 +77,37 @@ class Source(_Part):
 class Redaction(_Part):
     """What was found and masked in the training text, and by what; no text."""
 
-    counts: dict[str, Count]
-    """How often each kind of personal data was masked, such as `EMAIL_ADDRESS`."""
-    documents: Count
-    """Documents in which something was masked."""
+    counts: dict[str, Count] | None
+    """How often each kind of personal data was masked, such as `EMAIL_ADDRESS`; `None` after a private training, which
+    keeps such counts to itself."""
+    documents: Count | None
+    """Documents in which something was masked; `None` likewise."""
     recognizers: list[str]
     """What looked for it. Names of people and places are looked for only where `names_by` says how."""
     names_by: str | None
     """Language model that looked for names; `None` if none was installed, and names stand as they were."""
     versions: dict[str, str]
+
+
+class Privacy(_Part):
+    """The differential privacy of a training, under adding or removing one unit (DP-SGD, arXiv 1607.00133)."""
+
+    epsilon: float
+    """What was spent in all steps, as the accountant computes it."""
+    delta: float
+    unit: Literal["document"] = "document"
+    """What is protected: any one document, whole, as far as it was trained on."""
+    units: Count
+    """How many there were; taken to be public."""
+    noise_multiplier: float
+    """Standard deviation of the noise over the norm that gradients are cut to."""
+    sample_rate: float
+    """Chance of each document to be in a step, independent of the others."""
+    clip: float
+    """The norm that the gradient of each document is cut to."""
+    steps: Count
+    accountant: Literal["prv", "rdp"]
+    """Numerical composition (arXiv 2106.02848), or Renyi divergences (arXiv 1908.10530)."""
 
 
 class Training(_Part):
@@ -95,18 +117,22 @@ class Training(_Part):
     position: Count
     """How many host layers stood before the organ while it trained."""
     host: str
-    data_fingerprint: Digest
+    data_fingerprint: Digest | None
+    """`None` after a private training: a guess at all of the text could be confirmed by it."""
     documents: Count
     tokens_seen: Count
+    """After a private training not what was seen, but steps x documents expected in each x sequence length."""
     steps: Count
     hyperparameters: dict[str, Any]
     seed: int
     versions: dict[str, str]
     seconds: float
     loss_history: list[tuple[int, float]]
-    """(optimizer step, mean training loss in nats per token since the last entry)."""
+    """(optimizer step, mean training loss in nats per token since the last entry); empty after a private training."""
     redaction: Redaction | None = None
     """What was masked in the text before; `None` if nobody looked. Absent in schema 1."""
+    privacy: Privacy | None = None
+    """How private it was; `None` if it was not. Absent in schema 1."""
 
 
 class Evaluation(_Part):

@@ -13,11 +13,12 @@ if TYPE_CHECKING:
 def training_line(progress: TrainingProgress) -> str:
     """Say where a training run is: step, loss, held-out perplexity, speed, time left."""
     left = seconds_left(progress.step, progress.steps, progress.seconds)
+    held_out = progress.held_out_perplexity
     return (
         f"step {progress.step}/{progress.steps}  loss {progress.loss:.3f} (perplexity "
         f"{math.exp(min(progress.loss, 700)):.2f})  "
-        f"held-out perplexity {progress.held_out_perplexity:.2f}  {progress.tokens_per_second:,.0f} tokens/s  "
-        f"{left} left"
+        f"{'' if held_out is None else f'held-out perplexity {held_out:.2f}  '}"
+        f"{progress.tokens_per_second:,.0f} tokens/s  {left} left"
     )
 
 

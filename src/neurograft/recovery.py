@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("neurograft")
 
 Paths = str | Path | Sequence[str | Path]
-_NO_MEANING = ("protocol", "at", "rank", "host_precision", "offload")
 
 
 def recover(
@@ -160,9 +159,9 @@ def recover(
 
 
 def _parse(options: dict[str, Any]) -> TrainingOptions:
-    for name in _NO_MEANING:
+    for name in NO_MEANING_FOR_RECOVERY:
         if options.get(name) is not None:
-            raise UsageError(f"--{name} has no meaning here: recovery trains around an organ where it stands.")
+            raise UsageError(f"--{name.replace('_', '-')} has no meaning here: recovery trains around an organ where it stands.")
     return parse_options(**options)
 
 
@@ -214,7 +213,7 @@ def _run_key(case: Transplanted, plan: RecoveryPlan, texts: Texts, options: Trai
         "model": [case.record.tensors_digest, case.checkpoint.config_digest()],
         "plan": [plan.organ, plan.scope, plan.unfreeze, plan.stages],
         "texts": [text_data.fingerprint(texts.training), text_data.fingerprint(texts.held_out)],
-        "options": options.model_dump(exclude={*NO_EFFECT, *_NO_MEANING}),
+        "options": options.model_dump(exclude={*NO_EFFECT, *NO_MEANING_FOR_RECOVERY}),
         "versions": versions(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
@@ -248,7 +247,7 @@ def _training(case: Transplanted, texts: Texts, options: TrainingOptions, traine
         documents=len(texts.training),
         tokens_seen=sum(stage.tokens_seen for stage in trained.stages),
         steps=sum(stage.steps for stage in trained.stages),
-        hyperparameters={k: v for k, v in hyperparameters_of(trained.last).items() if k not in _NO_MEANING},
+        hyperparameters={k: v for k, v in hyperparameters_of(trained.last).items() if k not in NO_MEANING_FOR_RECOVERY},
         seed=options.seed,
         versions=versions(),
         seconds=round(trained.seconds, 1),

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from neurograft.files import human_bytes
-from neurograft.privacy.rendering import audit_rows, redaction_line
+from neurograft.privacy.rendering import audit_rows, privacy_line, redaction_line
 
 if TYPE_CHECKING:
     from neurograft.alignment import AlignmentCurve
@@ -103,6 +103,8 @@ def manifest(organ: Manifest, size: int | None = None) -> RenderableType:
         )
     if training is not None and training.redaction is not None:
         rows.append(("masked", redaction_line(training.redaction)))
+    if (private := privacy_line(organ)) is not None:
+        rows.append(("private", private))
     for audited in organ.audits:
         rows += audit_rows(audited)
     if organ.sketch is not None:

@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from neurograft.manifest import Evaluation, Manifest
-from neurograft.privacy.rendering import audit_markdown, redaction_line
+from neurograft.privacy.rendering import audit_markdown, privacy_line, redaction_line
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -89,5 +89,7 @@ def _body(manifest: Manifest, reference: str) -> str:
         lines += [f"| {e.data} | {e.tokens:,} | {e.before:.2f} | {e.after:.2f} |" for e in manifest.evaluations]
     if manifest.training is not None and manifest.training.redaction is not None:
         lines += ["", f"Masked in the training text: {redaction_line(manifest.training.redaction)}."]
+    if (private := privacy_line(manifest)) is not None:
+        lines += ["", f"Trained with differential privacy: {private}."]
     lines += audit_markdown(manifest.audits)
     return "\n".join([*lines, "", f"SHA-256 of the tensors: `{manifest.tensors_digest}`", ""])

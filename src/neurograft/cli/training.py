@@ -27,6 +27,12 @@ def _decided_by_compare() -> Collection[str]:
     return DECIDED_BY_COMPARE
 
 
+def _no_meaning_for_recovery() -> Collection[str]:
+    from neurograft.training.search import NO_MEANING_FOR_RECOVERY
+
+    return NO_MEANING_FOR_RECOVERY
+
+
 @app.command()
 @partial(WithTrainingOptions, without=_decided_by_plan)
 def plan(
@@ -148,7 +154,7 @@ def train(
 
 
 @app.command()
-@partial(WithTrainingOptions, without=lambda: ("protocol", "at", "rank", "host_precision", "offload"))
+@partial(WithTrainingOptions, without=_no_meaning_for_recovery)
 def recover(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="A model directory that transplant wrote.")],
     data: Annotated[

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from neurograft.manifest import Audit, CanaryFigures, ExtractionFigures, MembershipFigures, Redaction
+from neurograft.manifest import Audit, CanaryFigures, ExtractionFigures, Manifest, MembershipFigures, Redaction
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -44,9 +44,25 @@ def canary_line(figures: CanaryFigures) -> str:
 
 def redaction_line(redaction: Redaction) -> str:
     """Say in one line what was masked, and what was not looked for."""
-    found = ", ".join(f"{kind} {count}" for kind, count in sorted(redaction.counts.items())) or "nothing found"
     names = f"names by {redaction.names_by}" if redaction.names_by else "names not looked for"
+    if redaction.counts is None or redaction.documents is None:
+        return f"what was found is not said, since the training is private; {names}"
+    found = ", ".join(f"{kind} {count}" for kind, count in sorted(redaction.counts.items())) or "nothing found"
     return f"{found}, in {redaction.documents:,} documents; {names}"
+
+
+def privacy_line(manifest: Manifest) -> str | None:
+    """Say in one line how private the last training was; `None` if it was not."""
+    spent = None if manifest.training is None else manifest.training.privacy
+    if spent is None:
+        return None
+    others = [training for training in manifest.training_history if training.privacy is None]
+    return (
+        f"epsilon {spent.epsilon:.2f} at delta {spent.delta:.2g} for each of {spent.units:,} {spent.unit}s: noise "
+        f"{spent.noise_multiplier:.3g} x clip {spent.clip:g}, {spent.steps} steps of {spent.sample_rate:.2%} of them "
+        f"({spent.accountant.upper()} accountant)"
+        f"{f'; {len(others)} of the trainings before it had no such promise' if others else ''}"
+    )
 
 
 def audit_rows(found: Audit) -> list[tuple[str, str]]:

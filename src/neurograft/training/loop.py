@@ -55,8 +55,8 @@ class TrainingProgress:
     steps: int
     loss: float
     """Mean training loss of the step, nats per token."""
-    held_out_perplexity: float
-    """At the last evaluation."""
+    held_out_perplexity: float | None
+    """At the last evaluation; `None` in a private run without evaluation data."""
     tokens_per_second: float
     seconds: float
     """Since the run started, interruptions not counted."""
@@ -97,16 +97,15 @@ class Batches:
         """Tokenize and pack the text, and work out how many steps there will be.
 
         Raises:
-            UsageError: Accumulation would go over the text more than twice in one step.
+            UsageError: Accumulation would go over the text more than twice in one step, or the training is to be
+                private.
         """
-        separator, length = data.separator_token(tokenizer), options.sequence_length
+        if options.dp_epsilon is not None:
+            raise UsageError("--dp-epsilon is for train; nothing else trains with differential privacy.")
         training = data.pack(
-            data.tokenize_documents(texts.training, tokenizer), sequence_length=length, separator_id=separator
-        )
-        held_out = data.pack(
-            _sample_tokens(texts.held_out, tokenizer, options.eval_tokens),
-            sequence_length=length,
-            separator_id=separator,
+            data.tokenize_documents(texts.training, tokenizer),
+            sequence_length=options.sequence_length,
+            separator_id=data.separator_token(tokenizer),
         )
         step_size = options.batch_size * options.accumulate
         if options.accumulate > 1 and step_size > 2 * len(training.input_ids):
@@ -114,14 +113,9 @@ class Batches:
                 f"an optimizer step would take {options.accumulate} x {options.batch_size} sequences, and the text "
                 f"fills {len(training.input_ids)}; give a smaller --accumulate or --batch-size."
             )
-        an_epoch = len(training.input_ids) / step_size
-        if options.steps is not None:
-            steps = options.steps
-        elif options.max_tokens is not None:
-            steps = math.ceil(options.max_tokens / (step_size * length))
-        else:
-            steps = math.ceil((options.epochs or 1) * an_epoch)
-        return cls(training, held_out, max(steps, 1), options.batch_size, options.seed, options.accumulate)
+        held_out = pack_held_out(texts, tokenizer, options)
+        steps = count_steps(options, len(training.input_ids))
+        return cls(training, held_out, steps, options.batch_size, options.seed, options.accumulate)
 
     @property
     def repeats(self) -> bool:
@@ -136,6 +130,25 @@ class Batches:
         )
         while True:
             yield list(itertools.islice(rows, self.step_size))
+
+
+def pack_held_out(texts: Texts, tokenizer: Any, options: TrainingOptions) -> PackedTokens:
+    """Pack a sample of the held-out text."""
+    return data.pack(
+        _sample_tokens(texts.held_out, tokenizer, options.eval_tokens),
+        sequence_length=options.sequence_length,
+        separator_id=data.separator_token(tokenizer),
+    )
+
+
+def count_steps(options: TrainingOptions, sequences: int) -> int:
+    """Return how many optimizer steps the options ask for, with so many training sequences."""
+    step_size = options.batch_size * options.accumulate
+    if options.steps is not None:
+        return options.steps
+    if options.max_tokens is not None:
+        return math.ceil(options.max_tokens / (step_size * options.sequence_length))
+    return max(1, math.ceil((options.epochs or 1) * sequences / step_size))
 
 
 def _sample_tokens(documents: list[str], tokenizer: Any, limit: int) -> list[list[int]]:
@@ -330,10 +343,7 @@ class TrainingRun:
         if self._vocabulary is not None:
             self._vocabulary.draw(self.options.seed * self.batches.steps + self.state.step)
         tokens = _count(self.batches.training, rows)
-        size, mine = self.batches.batch_size, 0.0
-        for start in range(0, len(rows), size):
-            mine += self._pass(rows[start : start + size], tokens, last=start + size >= len(rows))
-        (loss,) = self.processes.total(mine)
+        loss = self._passes(rows, tokens)
         if not math.isfinite(loss):
             raise NeurograftError(
                 f"training diverged: the loss at step {self.state.step + 1} is {loss}; try a lower --lr than "
@@ -347,6 +357,20 @@ class TrainingRun:
         self._random = torch.get_rng_state()
         self._consistent = True
         self._report()
+
+    def _passes(self, rows: list[int], tokens: int) -> float:
+        """Give the parameters the gradients of a step; return its mean loss in nats per token.
+
+        Args:
+            rows: The step's rows, of all processes.
+            tokens: How many of their tokens have a loss.
+        """
+        size, mine = self.batches.batch_size, 0.0
+        for start in range(0, len(rows), size):
+            mine += self._pass(rows[start : start + size], tokens, last=start + size >= len(rows))
+        (loss,) = self.processes.total(mine)
+        self.processes.accelerator.clip_grad_norm_(self.parameters, self.options.clip)
+        return loss
 
     def _pass(self, rows: Sequence[int], tokens: int, *, last: bool) -> float:
         """Add this process's share of the gradient of a part of a step.
@@ -369,8 +393,7 @@ class TrainingRun:
         return float(loss.detach())
 
     def _update(self) -> None:
-        """Let the optimizer take its step along the clipped gradient."""
-        self.processes.accelerator.clip_grad_norm_(self.parameters, self.options.clip)
+        """Let the optimizer take its step along the gradient."""
         options, step = self.options, self.state.step
         share = learning_rate_share(step, self.batches.steps, warmup=options.warmup, schedule=options.schedule)
         self.optimizers.step(share)
@@ -433,7 +456,7 @@ class TrainingRun:
                 needed=wanted == "always",
                 elsewhere=None if self.below is None else self.below.digests,
             )
-            if name == "held-out" or wanted == "always" or self.batches.repeats
+            if len(packed.input_ids) and (name == "held-out" or wanted == "always" or self.batches.repeats)
             else None
             for name, packed in texts.items()
         }
@@ -513,7 +536,7 @@ class TrainingRun:
         rate = float(self.optimizers.each[0].param_groups[0]["lr"])
         self._tracking.log({"loss": state.window[-1], "learning_rate": rate, "tokens_per_second": speed}, state.step)
         if self.progress is not None and self.processes.first:
-            perplexity = math.exp(min(state.held_out[-1][1], 700))
+            perplexity = math.exp(min(state.held_out[-1][1], 700)) if state.held_out else None
             self.progress(
                 TrainingProgress(state.step, self.batches.steps, state.window[-1], perplexity, speed, seconds)
             )

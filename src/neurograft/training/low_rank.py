@@ -11,7 +11,7 @@ from neurograft.errors import ModelError, UsageError
 from neurograft.sharding import fill, whole
 from neurograft.surgery import Undo
 
-_SCALE = 2.0  # how much the product counts; with A of unit scale and B from zero, the usual alpha = 2 r
+SCALE = 2.0  # how much the product counts; with A of unit scale and B from zero, the usual alpha = 2 r
 
 
 class LowRankChanges:
@@ -75,7 +75,7 @@ class LowRankChanges:
         self._undo.restore()
         with torch.no_grad():
             for module, (a, b) in zip(self._changed, factors, strict=True):
-                change = _SCALE * (b @ a)  # (outputs, inputs)
+                change = SCALE * (b @ a)  # (outputs, inputs)
                 fill(
                     module.weight, whole(module.weight) + (change if isinstance(module, torch.nn.Linear) else change.T)
                 )
@@ -102,7 +102,7 @@ class _Changed(torch.autograd.Function):
         entering, bias = hidden.to(narrow), None if bias is None else bias.to(narrow)
         with torch.autocast(kind, enabled=False):
             merged = (
-                torch.empty_like(weight, dtype=narrow).copy_(weight).addmm_(b.to(narrow), a.to(narrow), alpha=_SCALE)
+                torch.empty_like(weight, dtype=narrow).copy_(weight).addmm_(b.to(narrow), a.to(narrow), alpha=SCALE)
             )  # (outputs, inputs)
             ctx.save_for_backward(entering, a, b, merged)
             ctx.dtype = hidden.dtype
@@ -116,7 +116,7 @@ class _Changed(torch.autograd.Function):
         low_given, low = given @ a.to(merged.dtype).T, flat @ b.to(merged.dtype)  # (N, rank) each
         of_hidden = (gradient @ merged).to(ctx.dtype) if ctx.needs_input_grad[0] else None
         of_a, of_b = low.T @ given, flat.T @ low_given
-        return of_hidden, of_a.to(a.dtype).mul_(_SCALE), of_b.to(b.dtype).mul_(_SCALE), None, None
+        return of_hidden, of_a.to(a.dtype).mul_(SCALE), of_b.to(b.dtype).mul_(SCALE), None, None
 
 
 def _sizes(module: torch.nn.Module) -> tuple[int, int] | None:

@@ -79,6 +79,12 @@ class TrainingOptions(BaseModel):
     strength: float = Field(default=1.0, gt=0, le=1)
     """Share of the way from the starting weights to the best trained ones that is kept. Less than 1 gives up some of
     the gain and keeps more of what the model could do before (weight-space ensembling, arXiv 2109.01903)."""
+    dp_epsilon: float | None = Field(default=None, gt=0)
+    """Train with differential privacy of whole documents, by noise that keeps to this epsilon; `docs/privacy.md` says
+    what that promises. A document is one sequence, its gradient is cut to the norm `clip`, and steps draw documents at
+    random, `batch_size` times `accumulate` on average. Needs the extra `dp`."""
+    dp_delta: float | None = Field(default=None, gt=0, lt=1)
+    """Delta of that; left out, 1 over the number of documents to the power of 1.1."""
     seed: int = Field(default=0, ge=0, lt=SEEDS)
     """Seed of the order of sequences, of the held-out share and of dropout."""
     held_out: float = Field(default=0.1, gt=0, lt=1)
@@ -121,6 +127,22 @@ class TrainingOptions(BaseModel):
             raise ValueError(f"{name} is about the layers below an organ, and a standalone one has none")
         if self.rank is not None and self.strength < 1:
             raise ValueError("strength mixes weights and rank trains factors of their changes; give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _private(self) -> TrainingOptions:
+        if self.dp_epsilon is None:
+            if self.dp_delta is not None:
+                raise ValueError("dp_delta goes with dp_epsilon; give both, or neither")
+            return self
+        if self.vocabulary == "sampled":
+            raise ValueError("a sampled vocabulary is that of the private text, which it would show; leave it full")
+        for name, why in (
+            ("patience", "a private training takes all the steps that its noise was chosen for"),
+            ("held_out", "a private training measures nothing on its own text; give evaluation data instead"),
+        ):
+            if name in self.model_fields_set:
+                raise ValueError(f"{why}; leave {name} out")
         return self
 
 

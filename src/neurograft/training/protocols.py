@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -44,6 +45,7 @@ from neurograft.training.loop import Batches, ProgressCallback, Texts, Trainee, 
 from neurograft.training.low_rank import LowRankChanges
 from neurograft.training.offloading import skipping
 from neurograft.training.options import TrainingOptions, fit_to_model, parse_options
+from neurograft.training.privately import PrivateBatches, PrivateRun, check_private, find_secret
 from neurograft.training.processes import Processes, one_by_one, whole_weights
 from neurograft.training.run_state import state_path
 
@@ -92,17 +94,19 @@ def train(
         overwrite: Whether an existing file may be replaced.
         trust_remote_code: See `neurograft.models.resolve`.
         progress: Called after each optimizer step.
-        **options: Fields of `TrainingOptions`, such as `protocol`, `max_tokens`, `lr`, `seed`.
+        **options: Fields of `TrainingOptions`, such as `protocol`, `max_tokens`, `lr`, `seed`. With `dp_epsilon` no text
+            is held out: `eval_data` is taken not to be private, and without it nothing is measured.
 
     Returns:
-        The trained organ, with the best weights seen on the held-out text.
+        The trained organ, with the best weights seen on the held-out text; with the last ones if there was none.
 
     Raises:
         UsageError: An option is wrong, Presidio is not installed, the organ is quantised, the output exists, is the
             organ that is read or lies in the host's directory, or another run left its state beside it.
         DataError: There is no text, or it can't be read.
         IncompatibleError: The organ does not fit the host.
-        NeurograftError: The loss is not finite any more.
+        NeurograftError: The loss is not finite any more; or, with `dp_epsilon`, opacus is not installed, or something
+            would be left out of training.
         KeyboardInterrupt: The run was interrupted. It saved its state as `<output>.resume`, from which the same call
             goes on, on CPUs to the same bits as if it had never stopped.
     """
@@ -119,9 +123,13 @@ def train(
     reading = {"text_column": text_column, "document_separator": document_separator, "encoding": encoding}
     if redact:
         check_installed()
+    if chosen.dp_epsilon is not None:
+        check_private()
     texts, redaction = read_texts(data, eval_data, chosen, reading), None
     if redact:
         texts, redaction = _mask(texts)
+        if chosen.dp_epsilon is not None:
+            redaction = redaction.model_copy(update={"counts": None, "documents": None})
     resume = None if output is None else state_path(Path(output))
     with whole_weights():
         trained = _train(organ, host, texts, chosen, trust_remote_code, progress, resume)
@@ -163,7 +171,7 @@ def read_texts(paths: Any, eval_paths: Any, options: TrainingOptions, reading: d
     Args:
         paths: See `neurograft.data.read_documents`.
         eval_paths: The same, or `None`.
-        options: Say how large the share is.
+        options: Say how large the share is; none is held out for a private training.
         reading: Further arguments of `read_documents`.
 
     Raises:
@@ -173,6 +181,8 @@ def read_texts(paths: Any, eval_paths: Any, options: TrainingOptions, reading: d
     documents = data.read_documents(paths, **reading)
     if eval_paths is not None:
         return Texts(documents, data.read_documents(eval_paths, **reading))
+    if options.dp_epsilon is not None:
+        return Texts(documents, [])
     return Texts(*data.split_documents(documents, held_out=options.held_out, seed=options.seed))
 
 
@@ -202,11 +212,11 @@ def _train(
             directory.name,
             tokenizer_findings(organ.manifest.tokenizer, fingerprint_tokenizer(tokenizer)),
         )
-    batches = Batches.build(texts, tokenizer, options)
+    key = _run_key(organ, directory, texts, options)
+    batches = _batches(texts, tokenizer, options, resume, key)
     log.info("loading the host %s", directory.name)
     absent = _absent(organ, config, options) if options.offload else None
     model, below = load_host(directory, absent, options.host_precision, trust_remote_code=trust_remote_code)
-    key = _run_key(organ, directory, texts, options)
     with skipping(below):
         attachment = _place(model, organ, options)
     organ = organ.without_values()  # they are in the model now, and need not be in memory twice
@@ -217,22 +227,20 @@ def _train(
     if options.rank is not None:
         changes = LowRankChanges(attachment.layers, options.rank, options.seed)
         trainee = Trainee(changes.parameters, attachment.layers, first)
-    run = TrainingRun(
-        model,
-        trainee,
-        batches,
-        options,
-        progress=progress,
-        resume=resume,
-        key=key,
-        below=below,
-    )
+    kind = PrivateRun if isinstance(batches, PrivateBatches) else TrainingRun
+    run = kind(model, trainee, batches, options, progress=progress, resume=resume, key=key, below=below)
     run.train()
     if changes is not None:
         changes.merge()
     trained = _trained_organ(organ, directory.name, model, attachment, texts, run)
     sketch = make_sketch(model, tokenizer, attachment.positions, directory.name)
     return Organ(trained.manifest.model_copy(update={"sketch": sketch}), trained.tensors)
+
+
+def _batches(texts: Texts, tokenizer: Any, options: TrainingOptions, resume: Path | None, key: str) -> Batches:
+    if options.dp_epsilon is None:
+        return Batches.build(texts, tokenizer, options)
+    return dataclasses.replace(PrivateBatches.build(texts, tokenizer, options), secret=find_secret(resume, key))
 
 
 def _absent(organ: Organ, config: PreTrainedConfig, options: TrainingOptions) -> range:
@@ -325,26 +333,15 @@ def _trained_organ(
     first = attachment.positions[0]
     with skipping(run.below):
         answers = probe.probe_layers(model, describe(model).layers_path)[attachment.positions]
-    evaluation = Evaluation(
-        data="held-out text",
-        documents=len(texts.held_out),
-        tokens=run.batches.held_out.tokens,
-        before=math.exp(min(run.state.held_out[0][1], 700)),
-        after=math.exp(min(run.held_out_loss(), 700)),
-    )
     training = Training(
         protocol=options.protocol,
         position=first,
         host=host,
-        data_fingerprint=data.fingerprint(texts.training),
-        documents=len(texts.training),
-        tokens_seen=run.state.tokens_seen,
         steps=run.state.step,
         hyperparameters=hyperparameters_of(run),
         seed=options.seed,
-        versions=versions(),
         seconds=round(run.state.seconds, 1),
-        loss_history=[(step, round(loss, 5)) for step, loss in run.state.losses],
+        **_learnt_from(texts, run),
     )
     anatomy = LayerAnatomy(
         model_type=model.config.model_type,
@@ -357,7 +354,7 @@ def _trained_organ(
         "anatomy": anatomy,
         "training": training,
         "training_history": organ.manifest.trainings,
-        "evaluations": [evaluation],
+        "evaluations": [_evaluation(texts, run)] if texts.held_out else [],
         "scans": [],  # they and the audits were of other weights
         "audits": [],
         "recommended_mode": mode,
@@ -367,10 +364,44 @@ def _trained_organ(
     return Organ(organ.manifest.model_copy(update=update), tensors)
 
 
+def _learnt_from(texts: Texts, run: TrainingRun) -> dict[str, Any]:
+    """Return what a manifest says of the text that was trained on; after a private run, only what the budget covers."""
+    if isinstance(run.batches, PrivateBatches):
+        spent = run.batches.spent(run.state.step, run.options.clip)
+        return {
+            "data_fingerprint": None,
+            "documents": spent.units,
+            "tokens_seen": run.state.step * run.batches.step_size * run.options.sequence_length,
+            "versions": versions("opacus"),
+            "loss_history": [],
+            "privacy": spent,
+        }
+    return {
+        "data_fingerprint": data.fingerprint(texts.training),
+        "documents": len(texts.training),
+        "tokens_seen": run.state.tokens_seen,
+        "versions": versions(),
+        "loss_history": [(step, round(loss, 5)) for step, loss in run.state.losses],
+    }
+
+
+def _evaluation(texts: Texts, run: TrainingRun) -> Evaluation:
+    return Evaluation(
+        data="held-out text",
+        documents=len(texts.held_out),
+        tokens=run.batches.held_out.tokens,
+        before=math.exp(min(run.state.held_out[0][1], 700)),
+        after=math.exp(min(run.held_out_loss(), 700)),
+    )
+
+
 def hyperparameters_of(run: TrainingRun) -> dict[str, Any]:
     """Return how a run trained, for its organ's manifest; what was left to be chosen is there as it was chosen."""
     chosen = {"lr": run.lr, "kernels": run.arithmetic.kernels, "attention": run.arithmetic.attention}
-    return {**run.options.model_dump(exclude={"protocol", "seed", *NO_EFFECT}), **chosen}
+    left_out = {"protocol", "seed", *NO_EFFECT}
+    if isinstance(run.batches, PrivateBatches):
+        left_out |= {"held_out", "patience"}  # nothing is held out of private text
+    return {**run.options.model_dump(exclude=left_out), **chosen}
 
 
 def _mode_of(protocol: Protocol) -> Mode:
@@ -392,7 +423,7 @@ def _load_rounded(
                 fill(target[name], tensor)
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of the software that computed a result."""
-    names = ("torch", "transformers", "safetensors")
+def versions(*further: str) -> dict[str, str]:
+    """Return the versions of the software that computed a result, with further packages."""
+    names = ("torch", "transformers", "safetensors", *further)
     return {"neurograft": __version__, **{name: importlib.metadata.version(name) for name in names}}

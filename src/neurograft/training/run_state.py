@@ -41,6 +41,8 @@ class RunState(BaseModel):
     """(step, mean held-out loss, nats per token), from step 0."""
     best: int = 0
     """Index of the best entry of `held_out`."""
+    secret: str = ""
+    """Of a private run, in hexadecimal: what its choice of documents and its noise come from."""
 
 
 def state_path(output: Path) -> Path:

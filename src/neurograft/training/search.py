@@ -15,7 +15,7 @@ from neurograft.errors import UsageError
 Value = bool | int | float | str
 Settings = dict[str, Value]
 
-# Options of `train` that `compare` decides itself.
+# Options of `train` that `compare` decides itself, or that have no meaning for it.
 DECIDED_BY_COMPARE = frozenset(
     {
         "protocol",
@@ -32,6 +32,8 @@ DECIDED_BY_COMPARE = frozenset(
         "offload",
         "log_to",
         "log_dir",
+        "dp_epsilon",
+        "dp_delta",
     }
 )
 # Options of `train` that `plan` decides, or that have no meaning for it.
@@ -46,6 +48,8 @@ DECIDED_BY_PLAN = frozenset(
         "log_to",
         "log_dir",
         "checkpoint_every",
+        "dp_epsilon",
+        "dp_delta",
     }
 )
 # Options of `train` that a study decides, or that have no meaning for it.
@@ -65,10 +69,14 @@ DECIDED_BY_STUDY = frozenset(
         "offload",
         "log_to",
         "log_dir",
+        "dp_epsilon",
+        "dp_delta",
     }
 )
 # The same for the study of the paper's questions, whose comparison also searches the learning rate.
 DECIDED_BY_PAPER = DECIDED_BY_STUDY | {"lr"}
+# Options of `train` that have no meaning for `recover`.
+NO_MEANING_FOR_RECOVERY = ("protocol", "at", "rank", "host_precision", "offload", "dp_epsilon", "dp_delta")
 # Options that are the same for every method, so that all see the same text in the same batches and are evaluated alike.
 SHARED_OPTIONS = (DECIDED_BY_COMPARE - {"lr"}) | {
     "sequence_length",

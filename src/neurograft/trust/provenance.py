@@ -93,6 +93,7 @@ def _materials(manifest: Manifest) -> list[dict[str, Any]]:
                 "annotations": {"host": training.host, "documents": training.documents},
             }
             for number, training in enumerate(manifest.trainings, 1)
+            if training.data_fingerprint is not None
         ),
     ]
 
