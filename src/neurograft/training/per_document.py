@@ -66,16 +66,25 @@ class DocumentGradients:
         if not self.together:
             yield
             return
-        hooks = _hooks_class(frozenset(type(m) for m in self.modules.modules() if _is_rms_norm(m)))(
-            self.modules, loss_reduction="sum", strict=False
-        )
+        hooks = _hooks_class(frozenset(type(m) for m in self.modules.modules() if _is_rms_norm(m)))
         try:
+            hooks(self.modules, loss_reduction="sum", strict=False)
             yield
         finally:
-            hooks.cleanup()
-            for module in self.modules.modules():
-                for name in ("activations", "max_batch_len"):
-                    vars(module).pop(name, None)
+            self._unhook()
+
+    def _unhook(self) -> None:
+        """Leave the layers as they were; opacus itself leaves something where it refuses, or where a pass failed."""
+        for handle in vars(self.modules).pop("autograd_grad_sample_hooks", ()):
+            handle.remove()
+        for module in self.modules.modules():
+            for name in ("activations", "max_batch_len", "ft_compute_sample_grad"):
+                vars(module).pop(name, None)
+        for parameter in self.parameters:
+            parameter.grad = None
+            for name in ("grad_sample", "_forward_counter", "_current_grad_sample"):
+                if hasattr(parameter, name):
+                    delattr(parameter, name)
 
     def take(self, losses: torch.Tensor) -> list[torch.Tensor]:
         """Run the backward pass of some documents' losses, (n,), and return each one's gradients.

@@ -36,6 +36,7 @@ _WATCHED = 3  # steps at the beginning in which every document must move what tr
 _TRIED = 3  # documents that are tried to go through the organ together
 _DELTA_POWER = 1.1
 _SECRET_BYTES = 32
+_TOLERANCE = 0.01  # share of an epsilon that may be left unspent
 
 
 @dataclass(frozen=True)
@@ -229,9 +230,14 @@ def check_private() -> None:
 
 
 def find_secret(resume: Path | None, key: str) -> bytes:
-    """Return the secret of the run that goes on, or draw one from the system's randomness."""
+    """Return the secret of the run that goes on, or draw one."""
     found = load_state(resume, key) if resume is not None else None
-    return bytes.fromhex(found[0].secret) if found is not None else os.urandom(_SECRET_BYTES)
+    return bytes.fromhex(found[0].secret) if found is not None else draw_secret()
+
+
+def draw_secret() -> bytes:
+    """Return randomness of the system's."""
+    return os.urandom(_SECRET_BYTES)
 
 
 def generator(secret: bytes, purpose: str, step: int) -> numpy.random.Generator:
@@ -261,7 +267,7 @@ def find_noise(epsilon: float, delta: float, sample_rate: float, steps: int) -> 
                     sample_rate=sample_rate,
                     steps=steps,
                     accountant=accountant,
-                    epsilon_tolerance=min(0.01, epsilon / 100),
+                    epsilon_tolerance=_TOLERANCE * epsilon,
                 )
             except (RuntimeError, ValueError, ArithmeticError, MemoryError) as error:
                 log.info("the accountant %s can't tell (%s)", accountant, error)
@@ -281,4 +287,4 @@ def spent_epsilon(accountant: Accountant, noise: float, sample_rate: float, step
 
         found: Any = create_accountant(mechanism=accountant)
         found.history = [(noise, sample_rate, steps)]
-        return float(found.get_epsilon(delta=delta))
+        return max(0.0, float(found.get_epsilon(delta=delta)))  # next to nothing can be computed as less
