@@ -12,7 +12,7 @@ from neurograft.anatomy import describe
 from neurograft.errors import NeurograftError
 from neurograft.loss import NextTokenLoss
 from neurograft.training.low_rank import LowRankChanges
-from neurograft.training.per_document import DocumentGradients, add_clipped, norms
+from neurograft.training.per_document import DocumentGradients, Factored, Gradients, Stacked
 from tiny import CONFIGS, make_model
 
 ONE_AT_A_TIME = {"opt", "mixtral", "qwen3_moe", "gpt_oss"}
@@ -55,22 +55,29 @@ class Case:
             found.append(list(gradients))
         return found
 
-    def taken(self) -> list[torch.Tensor]:
-        """Return what is taken for all documents, (3, ...) for each parameter, without dropout."""
+    def taken(self) -> list[Gradients]:
+        """Return what is taken, of all documents at once or of one at a time, without dropout."""
         with self.documents._training_alone(), self.documents.hooked():
             if self.documents.together:
-                return self.documents.take(self.losses(torch.arange(3)))
-            each = [self.documents.take(self.losses(torch.tensor([row]))) for row in range(3)]
-        return [torch.cat(parts) for parts in zip(*each, strict=True)]
+                return [self.documents.take(self.losses(torch.arange(3)))]
+            return [self.documents.take(self.losses(torch.tensor([row]))) for row in range(3)]
 
 
 def _compare(case: Case) -> None:
-    taken = case.taken()
-    for number, gradients in enumerate(case.one_by_one()):
-        scale = max(float(gradient.abs().max()) for gradient in gradients)
-        assert scale > 0
-        for found, wanted in zip(taken, gradients, strict=True):
-            torch.testing.assert_close(found[number], wanted, rtol=1e-4, atol=1e-5 * scale)
+    """Compare norms, gradients, and weighted sums that leave all others out."""
+    alone, number = case.one_by_one(), 0
+    for gradients in case.taken():
+        found = gradients.norms()
+        for place, norm in enumerate(found):
+            wanted = alone[number]
+            scale = max(float(gradient.abs().max()) for gradient in wanted)
+            assert float(norm) == pytest.approx(float(torch.cat([g.flatten() for g in wanted]).norm()), rel=1e-4)
+            shares = torch.nn.functional.one_hot(torch.tensor(place), len(found)).float()
+            for piece, own, right in zip(gradients.pieces, gradients.of(place), wanted, strict=True):
+                torch.testing.assert_close(own, right, rtol=1e-4, atol=1e-5 * scale)
+                torch.testing.assert_close(piece.weighted(shares), right, rtol=1e-4, atol=1e-5 * scale)
+            number += 1
+    assert number == 3
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -101,34 +108,41 @@ def test_layers_are_left_as_they_were(kind: str) -> None:
     assert logging.getLogger().handlers == handlers
 
 
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_norms_of_short_and_long_documents(tokens: int) -> None:
+    """They are computed in two ways, by what costs less."""
+    left, right = torch.randn(3, tokens, 8), torch.randn(3, tokens, 12)
+    made = torch.einsum("nti,ntj->nij", left, right)
+    torch.testing.assert_close(Factored(left, right).square_norms(), made.square().sum((1, 2)), rtol=1e-4, atol=1e-4)
+
+
 def test_what_is_cut_and_added() -> None:
     case = Case("llama")
     assert case.documents.try_together(case.losses, 3)
-    gradients = case.taken()
-    found = norms(gradients)
-    for number, own in enumerate(case.one_by_one()):
-        assert float(found[number]) == pytest.approx(float(torch.cat([g.flatten() for g in own]).norm()), rel=1e-4)
+    (gradients,) = case.taken()
+    found = gradients.norms()
     clip = float(found.sort().values[1])  # one document is cut, one is just not
     sums = [torch.zeros_like(parameter) for parameter in case.parameters]
-    torch.testing.assert_close(add_clipped(sums, gradients, clip), found)
-    for total, part in zip(sums, gradients, strict=True):
-        shares = (clip / found).clamp(max=1).view(-1, *[1] * (part.ndim - 1))
-        torch.testing.assert_close(total, (part * shares).sum(0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradients.add_clipped(sums, clip), found)
+    shares = (clip / found).clamp(max=1).tolist()
+    assert sorted(share < 1 for share in shares) == [False, False, True]
+    for number, total in enumerate(sums):
+        wanted = sum(share * own[number] for share, own in zip(shares, case.one_by_one(), strict=True))
+        torch.testing.assert_close(total, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_with_a_huge_norm_the_sum_is_the_plain_gradient() -> None:
     case = Case("qwen3")
     assert case.documents.try_together(case.losses, 3)
     sums = [torch.zeros_like(parameter) for parameter in case.parameters]
-    add_clipped(sums, case.taken(), 1e9)
+    case.taken()[0].add_clipped(sums, 1e9)
     plain = torch.autograd.grad(case.losses(torch.arange(3)).sum(), case.parameters)
     for total, wanted in zip(sums, plain, strict=True):
         torch.testing.assert_close(total, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kept", [0, 1])
-def test_gradients_that_are_lost_on_the_way_are_noticed(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a sampler gives too few gradients, opacus fills up with zeros, and trains on nothing without a word."""
+def test_gradients_that_are_lost_on_the_way_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sampler of zeros for all documents but the first would train on that alone, without a word."""
     from neurograft.training import per_document
 
     case = Case("llama")
@@ -137,7 +151,8 @@ def test_gradients_that_are_lost_on_the_way_are_noticed(kept: int, monkeypatch: 
     whole = hooks.GRAD_SAMPLERS[torch.nn.Linear]
 
     def lose(*arguments: Any) -> Any:
-        return {parameter: samples[:kept] for parameter, samples in whole(*arguments).items()}
+        first = torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1)
+        return {parameter: Stacked(piece.stacked() * first) for parameter, piece in whole(*arguments).items()}
 
     monkeypatch.setitem(hooks.GRAD_SAMPLERS, torch.nn.Linear, lose)
     assert not case.documents.try_together(case.losses, 3)
@@ -152,6 +167,6 @@ def test_a_parameter_that_nobody_watches_is_noticed() -> None:
     with (
         documents.hooked(),
         documents._training_alone(),
-        pytest.raises(NeurograftError, match=r"each of 3 documents, and opacus gave NoneType; nothing private"),
+        pytest.raises(NeurograftError, match=r"each of 3 documents, and there are none; nothing private"),
     ):
         documents.take(case.losses(torch.arange(3)))

@@ -22,7 +22,7 @@ from neurograft.training.baselines import require_extra
 from neurograft.training.loop import Batches, Texts, TrainingRun, count_steps, pack_held_out
 from neurograft.training.offloading import skipping
 from neurograft.training.options import TrainingOptions
-from neurograft.training.per_document import DocumentGradients, add_clipped, quiet_import
+from neurograft.training.per_document import DocumentGradients, quiet_import
 from neurograft.training.run_state import load_state
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ class PrivateRun(TrainingRun):
         losses = self._losses(self.batches.training, "training", rows, self.arithmetic).sum(1) / counts  # (n,)
         with self.arithmetic.active(device, backward=True):
             gradients = self._documents.take(losses)
-        found = add_clipped(self._sums, gradients, self.options.clip)
+        found = gradients.add_clipped(self._sums, self.options.clip)
         if not bool(found.isfinite().all()):
             raise NeurograftError(
                 f"training diverged: the gradient of a document is not finite at step {self.state.step + 1}; try a "
