@@ -161,7 +161,9 @@ def recover(
 def _parse(options: dict[str, Any]) -> TrainingOptions:
     for name in NO_MEANING_FOR_RECOVERY:
         if options.get(name) is not None:
-            raise UsageError(f"--{name.replace('_', '-')} has no meaning here: recovery trains around an organ where it stands.")
+            raise UsageError(
+                f"--{name.replace('_', '-')} has no meaning here: recovery trains around an organ where it stands."
+            )
     return parse_options(**options)
 
 

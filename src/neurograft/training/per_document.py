@@ -18,7 +18,9 @@ from neurograft.training.low_rank import SCALE
 Losses = Callable[[torch.Tensor], torch.Tensor]
 """Given numbers of rows, returns a loss for each of them, (n,)."""
 
-_CLOSE = 1e-3  # the relative error of float32 sums of another order is a hundredth of that, and lost gradients exceed it
+_CLOSE = (
+    1e-3  # the relative error of float32 sums of another order is a hundredth of that, and lost gradients exceed it
+)
 
 
 @dataclass(frozen=True)

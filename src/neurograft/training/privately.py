@@ -179,7 +179,8 @@ class PrivateRun(TrainingRun):
         losses = self._losses(self.batches.training, "training", rows, self.arithmetic).sum(1) / counts  # (n,)
         with self.arithmetic.active(device, backward=True):
             gradients = self._documents.take(losses)
-        found = gradients.add_clipped(self._sums, self.options.clip)
+        with self._exact.active(device):
+            found = gradients.add_clipped(self._sums, self.options.clip)
         if not bool(found.isfinite().all()):
             raise NeurograftError(
                 f"training diverged: the gradient of a document is not finite at step {self.state.step + 1}; try a "
