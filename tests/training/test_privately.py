@@ -1,7 +1,8 @@
-"""Private training: what it promises stands in the manifest, nothing else of the text does, and it goes on to the bit."""
+"""Private training: the manifest holds its promise and nothing else of the text, and it goes on to the bit."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import shutil
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from conftest import Factory
-from neurograft import extract, train
+from neurograft import extract, ranks, train
 from neurograft.bank.card import model_card
 from neurograft.data import fingerprint
 from neurograft.errors import NeurograftError, UsageError
@@ -23,9 +24,9 @@ from neurograft.manifest import Manifest
 from neurograft.organ import Organ, read_organ
 from neurograft.privacy.rendering import privacy_line
 from neurograft.training import privately
-from neurograft.training.loop import Texts, TrainingProgress
+from neurograft.training.loop import Texts, Trainee, TrainingProgress
 from neurograft.training.options import parse_options
-from neurograft.training.privately import PrivateBatches
+from neurograft.training.privately import PrivateBatches, PrivateRun
 from neurograft.training.protocols import tune_layers
 from neurograft.training.run_state import state_path
 
@@ -190,15 +191,29 @@ def test_with_public_text_the_best_weights_are_taken(organ: Organ, donor: Path, 
     assert done.manifest.training is not None and done.manifest.training.steps == 6
 
 
-def test_without_noise_it_learns_what_plain_gradients_teach(
-    organ: Organ, donor: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_without_noise_and_cuts_steps_go_along_the_plain_gradient(
+    kind: str, documents: list[str], tokenizer: Any
 ) -> None:
-    monkeypatch.setattr(privately, "find_noise", lambda *_: (1e-6, "rdp"))
-    monkeypatch.setattr(privately, "spent_epsilon", lambda *_: 1e6)
-    losses: list[float] = []
-    options = {**PRIVATE, "steps": 60, "clip": 100.0, "lr": 3e-3}
-    train(organ, host=donor, data=text, progress=lambda p: losses.append(p.loss), **options)
-    assert losses[-1] < 0.8 * losses[0]
+    from neurograft.loss import NextTokenLoss
+    from tiny import make_model
+
+    options, model = parse_options(**{**PRIVATE, "clip": 1e6}), make_model(kind)
+    built = PrivateBatches.build(Texts(documents, []), tokenizer, options)
+    batches = dataclasses.replace(built, noise_multiplier=0.0, secret=b"secret")
+    layers = list(model.get_submodule("model.layers").children())[2:4]
+    run = PrivateRun(model, Trainee.of_layers(layers, 2), batches, options)
+    assert run._documents.try_together(run._tried_losses, 3) == (kind == "llama")
+    with run._documents.hooked():
+        run._training_mode(True)
+        loss = run._passes(list(range(DOCUMENTS)), 0)
+    found = [parameter.grad for parameter in run.parameters]
+    packed, losses = batches.training, NextTokenLoss(model)
+    own = losses(packed.input_ids, packed.labels).sum(1) / (packed.labels[:, 1:] != -100).sum(1)
+    assert loss == pytest.approx(float(own.mean()), rel=1e-5)
+    wanted = torch.autograd.grad(own.sum() / batches.step_size, run.parameters, allow_unused=True)
+    for gradient, plain in zip(found, wanted, strict=True):
+        torch.testing.assert_close(gradient, plain, rtol=1e-3, atol=1e-5)
 
 
 def test_an_empty_step_is_noise_alone(organ: Organ, donor: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,7 +283,7 @@ def test_a_document_without_a_gradient_is_noticed(
         ({"held_out": 0.2}, "measures nothing on its own text; give evaluation data instead; leave held_out out"),
         ({"dp_delta": 1 / DOCUMENTS}, "--dp-delta 0.025 is no less than 1 in 40 documents"),
         ({"batch_size": 41, "accumulate": 1}, "draws 41 documents on average, and there are 40"),
-        ({"dp_epsilon": 1e-9}, "no noise keeps 6 steps to an epsilon of 1e-09"),
+        ({"dp_epsilon": 1e-9, "dp_delta": 1e-9}, "no noise keeps 6 steps to an epsilon of 1e-09 at a delta of 1e-09"),
     ],
 )
 def test_what_is_refused(
@@ -281,7 +296,7 @@ def test_what_is_refused(
 
 
 def test_several_processes_are_refused(organ: Organ, donor: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(privately.ranks, "several", lambda: True)
+    monkeypatch.setattr(ranks, "several", lambda: True)
     with pytest.raises(UsageError, match="--dp-epsilon is for one process; start it without torchrun"):
         privately.check_private()
 

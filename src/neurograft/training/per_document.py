@@ -262,7 +262,7 @@ def _hooks_class(norm_types: frozenset[type]) -> Any:
         from opacus.grad_sample.functorch import ft_compute_per_sample_gradient
         from opacus.grad_sample.grad_sample_module import GradSampleHooks
 
-    class Hooks(GradSampleHooks):  # type: ignore[misc]
+    class Hooks(GradSampleHooks):
         """Remembers what a backward pass saw, of which opacus would make every document's gradients at once."""
 
         GRAD_SAMPLERS = {  # noqa: RUF012
@@ -336,5 +336,5 @@ def _is_rms_norm(module: Any) -> bool:
     return "RMSNorm" in type(module).__name__ and own == ["weight"] and isinstance(_epsilon(module), float)
 
 
-def _epsilon(module: Any) -> float | None:
+def _epsilon(module: Any) -> Any:
     return getattr(module, "variance_epsilon", getattr(module, "eps", None))

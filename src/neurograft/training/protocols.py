@@ -94,8 +94,8 @@ def train(
         overwrite: Whether an existing file may be replaced.
         trust_remote_code: See `neurograft.models.resolve`.
         progress: Called after each optimizer step.
-        **options: Fields of `TrainingOptions`, such as `protocol`, `max_tokens`, `lr`, `seed`. With `dp_epsilon` no text
-            is held out: `eval_data` is taken not to be private, and without it nothing is measured.
+        **options: Fields of `TrainingOptions`, such as `protocol`, `max_tokens`, `lr`, `seed`. With `dp_epsilon` no
+            text is held out: `eval_data` is taken not to be private, and without it nothing is measured.
 
     Returns:
         The trained organ, with the best weights seen on the held-out text; with the last ones if there was none.
