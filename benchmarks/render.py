@@ -719,8 +719,9 @@ def private_training_section(result: dict[str, Any]) -> str:
     private = next((row["privacy"] for row in trained if row["privacy"] is not None), None)
     delta = "" if private is None else f", delta {private['delta']:.2g}, {private['sample_rate']:.1%} of them in a step"
     return (
-        f"## Differential privacy\n\nSmolLM2-135M-Instruct, layers {settings['layers']} in place; {settings['members']} "
-        f"definitions and half of {settings['canaries']} canaries, a document a unit{delta}; {settings['steps']} steps "
+        f"## Differential privacy\n\nSmolLM2-135M-Instruct, layers {settings['layers']} in place; "
+        f"{settings['members']} definitions and half of {settings['canaries']} canaries, a document a unit{delta}; "
+        f"{settings['steps']} steps "
         f"of {settings['step_size']} documents of at most {settings['sequence_length']} tokens on average. *Rank*: low-"
         "rank changes; *all*: all parameters. Perplexity on other definitions "
         f"({alone['tokens']:,} tokens); attacks on {settings['others']} members and as many others, each area with its "
