@@ -722,8 +722,8 @@ def private_training_section(result: dict[str, Any]) -> str:
         f"## Differential privacy\n\nSmolLM2-135M-Instruct, layers {settings['layers']} in place; "
         f"{settings['members']} definitions and half of {settings['canaries']} canaries, a document a unit{delta}; "
         f"{settings['steps']} steps "
-        f"of {settings['step_size']} documents of at most {settings['sequence_length']} tokens on average. *Rank*: low-"
-        "rank changes; *all*: all parameters. Perplexity on other definitions "
+        f"of {settings['step_size']} documents of at most {settings['sequence_length']} tokens on average; changes "
+        "of low rank. Perplexity on other definitions "
         f"({alone['tokens']:,} tokens); attacks on {settings['others']} members and as many others, each area with its "
         "interval: 0.5 is chance. Learning rates were not searched. A budget this small "
         "in text is a hard case: noise weighs less the more documents there are.\n\n" + table(header, rows)
