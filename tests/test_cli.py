@@ -361,8 +361,9 @@ def test_an_interruption_ends_in_one_sentence(
     process.send_signal(sent)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert out == "" and re.fullmatch(
-        r"error: interrupted; training stopped after step \d+ of 1000000; the same command goes on from there\.\n", err
+    assert out == "" and re.fullmatch(  # on a busy machine, lines on what it is doing come before
+        r"error: interrupted; training stopped after step \d+ of 1000000; the same command goes on from there\.",
+        err.splitlines()[-1],
     )
     left = ["new.safetensors.resume", "organ.safetensors", "text.txt"]
     assert sorted(path.name for path in tmp_path.iterdir()) == left
