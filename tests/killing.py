@@ -1,4 +1,4 @@
-"""Work that is killed: in a child, forked from a process that has loaded everything, so that a trial takes no longer."""
+"""Work that is killed: in a child, forked from a process that has loaded everything, for speed."""
 
 from __future__ import annotations
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 CHUNK_BYTES = 1 << 22
+LARGEST_TEXT = 64 << 20  # bytes; configurations, records and keys have far fewer
 _NEW_SECONDS = 10
 _SYNCING = 8
 
@@ -254,6 +255,19 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_bounded(path: Path, most: int = LARGEST_TEXT) -> bytes:
+    """Return the bytes of a file that is small, if it is what it should be: it may be anyone's, and a device.
+
+    Raises:
+        OSError: It can't be read, or has more bytes than `most`.
+    """
+    with path.open("rb") as stream:
+        content = stream.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"it has more than {human_bytes(most)}", str(path))
+    return content
 
 
 def file_sha256(path: Path) -> str:
