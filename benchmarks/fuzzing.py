@@ -59,7 +59,8 @@ def main() -> None:
     guided = run_guided(arguments.guided) if arguments.guided else {}
     for row in rows:
         row |= {"guided": guided[row["reader"]]} if guided else {}
-    result = {"run": describe_run("python benchmarks/fuzzing.py"), "each": arguments.each, "rows": rows}
+    command = f"python benchmarks/fuzzing.py{f' --guided {arguments.guided}' if guided else ''}"
+    result = {"run": describe_run(command), "each": arguments.each, "rows": rows}
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     sys.exit(any(row["failures"] or row.get("guided", {}).get("failed") for row in rows))
 

@@ -79,9 +79,7 @@ def _audit(place: Path, donor: Path) -> None:
 
 
 def _plan(place: Path, donor: Path) -> None:
-    neurograft.plan(
-        donor, data=place / "text.txt", output=place / "plan.json", trials=1, trial_tokens=64, **SHORT
-    )
+    neurograft.plan(donor, data=place / "text.txt", output=place / "plan.json", trials=1, trial_tokens=64, **SHORT)
 
 
 def _compare(place: Path, donor: Path) -> None:
