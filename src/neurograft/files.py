@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 1 << 22
 LARGEST_TEXT = 64 << 20  # bytes; configurations, records and keys have far fewer
+_PIECE_BYTES = 1 << 16
 _NEW_SECONDS = 10
 _SYNCING = 8
 
@@ -263,11 +264,13 @@ def read_bounded(path: Path, most: int = LARGEST_TEXT) -> bytes:
     Raises:
         OSError: It can't be read, or has more bytes than `most`.
     """
+    content = bytearray()
     with path.open("rb") as stream:
-        content = stream.read(most + 1)
-    if len(content) > most:
-        raise OSError(errno.EFBIG, f"it has more than {human_bytes(most)}", str(path))
-    return content
+        while piece := stream.read(_PIECE_BYTES):  # for a single large read, memory would be taken before it is filled
+            content += piece
+            if len(content) > most:
+                raise OSError(errno.EFBIG, f"it has more than {human_bytes(most)}", str(path))
+    return bytes(content)
 
 
 def file_sha256(path: Path) -> str:
