@@ -45,9 +45,9 @@ browser:  ## install Debian's chromium, in which `make test` then looks at repor
 registry:  ## install Debian's docker-registry, against which `make test` then runs banks (needs apt and its rights)
 	@command -v docker-registry >/dev/null || { apt-get update -q && apt-get install -y -q --no-install-recommends docker-registry; }
 
-fuzz: venv  ## alter a hundred thousand files for every reader, then let atheris look for more, a minute for each
+fuzz: venv  ## alter a hundred thousand files for every reader, then let atheris look for more, half a minute for each
 	$(PIP) install --quiet atheris==3.0.0
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzzing.py --guided 60
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzzing.py --guided 30
 
 lint: venv  ## style, formatting and types
 	$(BIN)/python -m ruff check .

@@ -115,7 +115,10 @@ def kills_section(result: dict[str, Any]) -> str:
     keys = ("verb", "killed", "absent", "old_or_new", "broken", "not_done_again")
     return (
         "## Killed at random moments\n\nKilled by SIGKILL at moments drawn from the time that the work takes, on tiny "
-        "models; half of the runs (but of push) replace an older result. Then the same was done again.\n\n"
+        "models. Half of the runs begin with nothing, the others replace an older result, push beside another version, "
+        "or deploy to a folder in use; rollbacks go either way. *Verified* is: the organ's digest, the original that "
+        "comes back out of the model, a pull of every version, `history --verify full` with `current` at a version "
+        "that it verified. Then the same was done again.\n\n"
         + table(header, [[str(row[key]) for key in keys] for row in result["rows"]])
     )
 

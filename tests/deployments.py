@@ -1,9 +1,10 @@
-"""What the tests of deployments share: a gates file, and everything that is in a folder."""
+"""What the tests of deployments share: a gates file, a rollback that always has a way, everything in a folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from neurograft import history, rollback
 from neurograft.files import file_sha256
 
 EASY = "<=100*baseline"
@@ -19,6 +20,12 @@ def write_gates(folder: Path, limit: str = EASY) -> Path:
         f'gates:\n  reports:\n    metric: perplexity\n    data: reports.txt\n    limit: "{limit}"\n', encoding="utf-8"
     )
     return path
+
+
+def go_back(folder: Path) -> None:
+    """Roll back to the first version, or forth to the second from there, or from a decided switch there."""
+    found = history(folder)
+    rollback(folder, to=2 if (found.unfinished or found.current).startswith("0001-") else 1)
 
 
 def everything(folder: Path) -> dict[str, str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,21 +16,29 @@ _ESCAPES = ["../../outside", "/etc/passwd", "C:\\outside", "\0", "a/b", ".", "..
 _NUMBERS = [-1, 0, 1, 2**31, 2**53, 2**63, -(2**63), 10**30, 1e308, -0.0, 0.1, float("nan"), float("inf")]
 _OTHERS: list[Any] = [None, True, False, "", [], {}, [[]], {"": ""}, ["x"] * 300]
 _DEEP = 3000
+_WORD = re.compile(rb"[\w./*-]+|\"[^\"\n]*\"")
+_ENCODED = re.compile(r"[A-Za-z0-9+/]*=*")
+_SHORT = 80  # digests are shorter
+_NO_DIGEST = "0" * 64
 
 
 def alter(data: bytes, number: int) -> bytes:
     """Return altered bytes.
 
     Args:
-        data: An organ file, JSON, JSON Lines, or anything else.
+        data: An organ file, a GGUF file, JSON, JSON Lines, other text, or anything else.
         number: Which of the alterations.
     """
     chance = random.Random(number)
     ways: list[Callable[[bytes, random.Random], bytes]] = [_alter_bytes]
     if data[8:9] == b"{":
         ways += [_alter_header] * 3
-    elif data[:1] in b"{[":
+    elif data[:4] == b"GGUF":
+        ways += [_alter_numbers] * 3
+    elif data[:1] == b"{":
         ways += [_alter_text] * 3
+    elif _is_text(data):
+        ways += [_alter_words] * 3
     return chance.choice(ways)(data, chance)
 
 
@@ -53,6 +63,45 @@ def _alter_bytes(data: bytes, chance: random.Random) -> bytes:
     return bytes(altered)
 
 
+def _alter_numbers(data: bytes, chance: random.Random) -> bytes:
+    """Put other numbers among those of a binary header, and cut what it describes."""
+    altered = bytearray(data)
+    for _ in range(chance.choice([1, 1, 2])):
+        width = chance.choice([1, 4, 8])
+        place = chance.randrange(4, min(len(altered), 4096))
+        number = chance.choice([0, 1, 2, 9, 31, 255, 2**16, 2**31, 2**32 - 1, 2**60, 2**64 - 1])
+        altered[place : place + width] = (number % 256**width).to_bytes(width, "little")
+    return bytes(altered[: chance.randrange(len(altered))] if chance.random() < 0.1 else altered)
+
+
+def _is_text(data: bytes) -> bool:
+    return data.isascii() and b"\0" not in data
+
+
+def _alter_words(data: bytes, chance: random.Random) -> bytes:
+    """Put other values for words of TOML, YAML or PEM, or lines at other places."""
+    found = list(_WORD.finditer(data))
+    if not found or chance.random() < 0.2:
+        lines = data.split(b"\n")
+        place = chance.randrange(len(lines))
+        lines.insert(chance.randrange(len(lines)), b" " * chance.randrange(5) + lines[place])
+        return b"\n".join(lines)
+    word = chance.choice(found)
+    values = [
+        *_ESCAPES,
+        *_NUMBERS,
+        *_OTHERS,
+        "&a [*a]",
+        "*a",
+        "!!python/object:os.system",
+        "<<",
+        "[[" * _DEEP,
+        "- " * 99,
+    ]
+    written = str(chance.choice(values)).encode("utf-8", "surrogatepass")
+    return data[: word.start()] + written + data[word.end() :]
+
+
 def _alter_text(data: bytes, chance: random.Random) -> bytes:
     """Alter a value of JSON, or of one line of JSON Lines."""
     lines = data.splitlines()
@@ -61,8 +110,29 @@ def _alter_text(data: bytes, chance: random.Random) -> bytes:
         lines[number] = _alter_json(lines[number], chance)
         if chance.random() < 0.2:
             chance.shuffle(lines)
+        if chance.random() < 0.7:
+            lines = _chained(lines)
         return b"\n".join(lines) + b"\n"
     return _alter_json(data, chance)
+
+
+def _chained(lines: list[bytes]) -> list[bytes]:
+    """Give the entries of a history the digests that they should have, each with that of the one before."""
+    before, found = _NO_DIGEST, list[bytes]()
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            whole = {**entry, "previous": before, "digest": _NO_DIGEST}
+            if not {"previous", "digest"} <= entry.keys():
+                raise ValueError("it is no entry of a history")
+            text = json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode()
+        except (ValueError, AttributeError, TypeError, RecursionError):
+            found.append(line)
+            continue
+        before = hashlib.sha256(text).hexdigest()
+        whole["digest"] = before
+        found.append(json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode())
+    return found
 
 
 def _alter_header(data: bytes, chance: random.Random) -> bytes:
@@ -75,7 +145,11 @@ def _alter_header(data: bytes, chance: random.Random) -> bytes:
     except (ValueError, AttributeError, RecursionError):  # it was altered before
         return _alter_bytes(data, chance)
     if isinstance(metadata, dict) and isinstance(metadata.get("neurograft"), str) and chance.random() < 0.6:
-        metadata["neurograft"] = _alter_json(metadata["neurograft"].encode(), chance).decode("utf-8", "surrogatepass")
+        try:
+            manifest = metadata["neurograft"].encode()
+            metadata["neurograft"] = _alter_json(manifest, chance).decode("utf-8", "surrogatepass")
+        except UnicodeError:  # it was altered before, and is no JSON or no text now
+            return _alter_bytes(data, chance)
         text = json.dumps(header).encode()
     else:
         text = _alter_json(json.dumps(header).encode(), chance)
@@ -128,6 +202,18 @@ def _alter_value(value: Any, chance: random.Random) -> Any:
         if chance.random() < 0.15:
             return [*value, *value] if chance.random() < 0.5 else value[:place]
         return [*value[:place], _alter_value(value[place], chance), *value[place + 1 :]]
+    if isinstance(value, str) and len(value) > _SHORT and _ENCODED.fullmatch(value) and chance.random() < 0.8:
+        return _alter_encoded(value, chance)
     if isinstance(value, int) and not isinstance(value, bool) and chance.random() < 0.5:
         return value + chance.choice([-1, 1, 64, -(2**33), 2**33])
     return chance.choice([*_ESCAPES, *_NUMBERS, *_OTHERS])
+
+
+def _alter_encoded(value: str, chance: random.Random) -> str:
+    """Alter what is written in base64, as in bundles of signatures."""
+    try:
+        decoded = base64.b64decode(value)
+    except ValueError:
+        return chance.choice(_ESCAPES)
+    altered = _alter_json(decoded, chance) if decoded[:1] == b"{" else _alter_bytes(decoded, chance)
+    return base64.b64encode(altered).decode()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from neurograft.errors import ModelError
-from neurograft.files import combine_digests, file_sha256
+from neurograft.files import combine_digests, file_sha256, read_bounded
 from neurograft.layer_values import Row
 from neurograft.manifest import TokenizerFingerprint
 from neurograft.models import ModelDirectory, read_raw_config
@@ -200,7 +200,7 @@ def read_index(path: Path, name: str) -> dict[str, str]:
         ModelError: It is no index, or names files that are no safetensors files of the model's own folder.
     """
     try:
-        shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        shards = json.loads(read_bounded(path).decode())["weight_map"]
         files = {str(tensor): file for tensor, file in shards.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neurograft.errors import DataError
+from neurograft.errors import DataError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -148,8 +148,7 @@ def _explained(path: Path, encoding: str) -> Iterator[None]:
                 f"offset "
                 f"{unicode_error.start}); give its encoding with --encoding."
             ) from error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{path} can't be read: {reason}") from error
+        raise DataError(f"{path} can't be read: {first_line(error)}.") from error
 
 
 def _find_cause(error: BaseException | None, kind: type[BaseException]) -> BaseException | None:
@@ -165,8 +164,9 @@ def _read_hub(name: str, column: str) -> Iterator[str]:
     except DataError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{name} is no local file or folder, and the Hub did not give it: {reason}") from error
+        raise DataError(
+            f"{name} is no local file or folder, and the Hub did not give it: {first_line(error)}."
+        ) from error
 
 
 def _texts(builder: str, options: dict[str, Any], column: str, name: str, split: str = "train") -> Iterator[str]:

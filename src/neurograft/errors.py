@@ -75,3 +75,10 @@ class BankDigestError(BankError, ValueError):
 
 class TrustError(NeurograftError, ValueError):
     """An organ is not signed by whom it should be, its signatures can't be read, or `trust.toml` can't."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error of a library says in one line, without a full stop; its kind where it says nothing."""
+    if isinstance(error, OSError) and error.strerror:  # which leaves out number and path
+        return error.strerror
+    return next(iter(str(error).strip().splitlines()), "").strip().rstrip(".") or type(error).__name__

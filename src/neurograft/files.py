@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import torch
 
 CHUNK_BYTES = 1 << 22
+LARGEST_TEXT = 64 << 20  # bytes; configurations, records and keys have far fewer
+_PIECE_BYTES = 1 << 16
 _NEW_SECONDS = 10
 _SYNCING = 8
 
@@ -254,6 +256,21 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_bounded(path: Path, most: int = LARGEST_TEXT) -> bytes:
+    """Return the bytes of a file that is small, if it is what it should be: it may be anyone's, and a device.
+
+    Raises:
+        OSError: It can't be read, or has more bytes than `most`.
+    """
+    content = bytearray()
+    with path.open("rb") as stream:
+        while piece := stream.read(_PIECE_BYTES):  # for a single large read, memory would be taken before it is filled
+            content += piece
+            if len(content) > most:
+                raise OSError(errno.EFBIG, f"it has more than {human_bytes(most)}", str(path))
+    return bytes(content)
 
 
 def file_sha256(path: Path) -> str:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neurograft.checkpoint import EASY_SHARE, Checkpoint
-from neurograft.errors import ModelError
 from neurograft.files import file_sha256, require_space
-from neurograft.models import ModelDirectory, cache_directory, read_raw_config
+from neurograft.gguf_header import GGUFHeader, read_gguf_header
+from neurograft.models import ModelDirectory, cache_directory, read_gguf_config, read_raw_config, reading_gguf
 from neurograft.number_formats import held
 from neurograft.studies import study_all
 from neurograft.tensor_files import NewTensorFile, TensorFile, read_tensor_file, write_tensor_files
@@ -40,17 +40,7 @@ def is_gguf(path: Path) -> bool:
 def dequantises_easily(path: Path) -> bool:
     """Whether nobody minds that the whole file is dequantised: its numbers as float32 are small for the machine."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    elements = sum(int(tensor.n_elements) for tensor in _reader(path).tensors)
-    return elements * _FLOAT32_BYTES <= EASY_SHARE * memory
-
-
-def _reader(path: Path) -> Any:
-    from gguf import GGUFReader
-
-    try:
-        return GGUFReader(path)
-    except Exception as error:
-        raise ModelError(f"{path} can't be read as a GGUF file: {error}") from error
+    return read_gguf_header(path).elements * _FLOAT32_BYTES <= EASY_SHARE * memory
 
 
 @contextmanager
@@ -73,14 +63,14 @@ def gguf_layers(path: Path, choose: Callable[[int], range]) -> Iterator[tuple[Ch
 
 
 def _open(path: Path, choose: Callable[[int], range], folder: Path) -> tuple[Checkpoint, range] | None:
-    types = sorted({tensor.tensor_type.name for tensor in _reader(path).tensors})
-    skeleton = _write_small_files(path, folder)
+    header = read_gguf_header(path)
+    skeleton = _write_small_files(path, header, folder)
     directory = ModelDirectory(
         folder,
         path.stem,
         file_sha256(path),
         (f"dequantised from {path.name} to float32",),
-        f"GGUF {', '.join(types)}",
+        f"GGUF {header.kinds}",
     )
     study, tokenizer = study_all(directory)
     chosen = choose(study.layer_count)
@@ -95,21 +85,16 @@ def _open(path: Path, choose: Callable[[int], range], folder: Path) -> tuple[Che
     return Checkpoint(directory, read_raw_config(folder), tuple(files), study, tokenizer, names), chosen
 
 
-def _write_small_files(path: Path, folder: Path) -> PreTrainedModel:
+def _write_small_files(path: Path, header: GGUFHeader, folder: Path) -> PreTrainedModel:
     """Write the configuration and the tokenizer that a GGUF file holds, and return its model without weights."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from neurograft.anatomy import build_skeleton
-    from neurograft.layer_weights import quiet_transformers
 
-    try:
-        with quiet_transformers():
-            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            vars(config).pop("quantization_config", None)
-            tokenizer.save_pretrained(folder)
-    except Exception as error:
-        raise ModelError(f"transformers can't read {path}: {error}") from error
+    config = read_gguf_config(path, header)
+    with reading_gguf(path):
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+    vars(config).pop("quantization_config", None)
     skeleton = build_skeleton(config)
     config.architectures, config.dtype, config._name_or_path = [type(skeleton).__name__], "float32", path.stem
     config.save_pretrained(folder)
@@ -124,13 +109,10 @@ def _dequantise(path: Path, skeleton: PreTrainedModel, layers_path: str, layer: 
     """
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    from neurograft.layer_weights import quiet_transformers, to_disk
+    from neurograft.layer_weights import to_disk
 
-    try:
-        with quiet_transformers(), _only(re.compile(rf"blk\.{layer}\.")):
-            found = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=skeleton)["tensors"]
-    except Exception as error:
-        raise ModelError(f"transformers can't dequantise layer {layer} of {path}: {error}") from error
+    with reading_gguf(path), _only(re.compile(rf"blk\.{layer}\.")):
+        found = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=skeleton)["tensors"]
     start = f"{layers_path}.{layer}."
     module = skeleton.get_submodule(f"{layers_path}.{layer}")
     empty = {name: tensor for name, tensor in module.state_dict().items()}

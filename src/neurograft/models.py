@@ -7,13 +7,14 @@ import io
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neurograft.errors import ModelError, UsageError
-from neurograft.files import atomic_directory, combine_digests, file_sha256, require_space
+from neurograft.errors import ModelError, NeurograftError, UsageError, first_line
+from neurograft.files import atomic_directory, combine_digests, file_sha256, read_bounded, require_space
+from neurograft.gguf_header import GGUFHeader, read_gguf_header
 from neurograft.layer_weights import quiet_transformers
 from neurograft.manifest import TokenizerFingerprint
 
@@ -133,7 +134,7 @@ def read_raw_config(path: Path) -> dict[str, Any]:
         ModelError: It is no JSON object.
     """
     try:
-        raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        raw = json.loads(read_bounded(path / "config.json").decode())
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path / 'config.json'} can't be read as JSON: {error}.") from error
     if not isinstance(raw, dict):
@@ -148,8 +149,7 @@ def _from_hub(text: str) -> ModelDirectory:
     try:
         path = Path(snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{name} is no local directory, and the Hub did not give it: {reason}") from error
+        raise ModelError(f"{name} is no local directory, and the Hub did not give it: {first_line(error)}.") from error
     return ModelDirectory(path, name, path.name)
 
 
@@ -160,45 +160,75 @@ def _from_gguf(path: Path) -> ModelDirectory:
     with path.open("rb") as stream:
         if stream.read(4) != b"GGUF":
             raise ModelError(f"{path} is named .gguf but does not begin like a GGUF file.")
+    header = read_gguf_header(path)
     digest = file_sha256(path)
     target = cache_directory() / "gguf" / digest[:32]
     notes = (f"dequantised from {path.name} to float32",)
-    packed = _packing_of(path)
     if not (target / "config.json").is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
         require_space(target.parent, 8 * path.stat().st_size)
         with atomic_directory(target, overwrite=True) as temporary:
-            _dequantise(path, temporary)
-    return ModelDirectory(target, path.stem, digest, notes, packed)
+            _dequantise(path, header, temporary)
+    return ModelDirectory(target, path.stem, digest, notes, f"GGUF {header.kinds}")
 
 
-def _packing_of(path: Path) -> str:
-    """Return the types of numbers in a GGUF file, such as `GGUF F32, Q4_1`."""
-    from gguf import GGUFReader
-
-    try:
-        types = {tensor.tensor_type.name for tensor in GGUFReader(path).tensors}
-    except Exception as error:
-        raise ModelError(f"{path} can't be read as a GGUF file: {error}") from error
-    return f"GGUF {', '.join(sorted(types))}"
-
-
-def _dequantise(path: Path, target: Path) -> None:
+def _dequantise(path: Path, header: GGUFHeader, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    config = read_gguf_config(path, header)
+    with reading_gguf(path):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, config=config, output_loading_info=True
+        )
+        model, report = loaded
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    for kind, what in (("missing_keys", "lacks"), ("mismatched_keys", "has in another shape")):
+        if names := sorted(map(str, report[kind])):
+            raise ModelError(f"{path} {what} {len(names)} of its model's tensors, such as {names[0]}; get it anew.")
+    # The weights are plain now; with these two left in place, saving would claim that they are quantised.
+    vars(model.config).pop("quantization_config", None)
+    vars(model)["hf_quantizer"] = None
+    model.config._name_or_path = path.stem
+    with reading_gguf(path):
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+
+
+def read_gguf_config(path: Path, header: GGUFHeader) -> PreTrainedConfig:
+    """Return the configuration that a GGUF file holds.
+
+    Raises:
+        ModelError: There is none, or the model that it describes is larger than the file's tensors.
+    """
+    from transformers import AutoConfig
+
+    from neurograft.anatomy import build_skeleton
+
+    with reading_gguf(path):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    needed = sum(parameter.numel() for parameter in build_skeleton(config).parameters())
+    if needed > 2 * header.elements:  # a head that is tied to the embedding is counted twice
+        raise ModelError(
+            f"{path} describes a model of {needed:,} parameters, and its tensors have {header.elements:,}; get it anew."
+        )
+    return config
+
+
+@contextlib.contextmanager
+def reading_gguf(path: Path) -> Iterator[None]:
+    """Say in one sentence that transformers can't read a GGUF file, and be quiet otherwise.
+
+    Raises:
+        ModelError: It can't.
+    """
     try:
         # transformers draws the bar of this conversion whatever its logging is set to
         with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
-            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            # The weights are plain now; with these two left in place, saving would claim that they are quantised.
-            vars(model.config).pop("quantization_config", None)
-            vars(model)["hf_quantizer"] = None
-            model.config._name_or_path = path.stem
-            model.save_pretrained(target)
-            tokenizer.save_pretrained(target)
+            yield
+    except NeurograftError:
+        raise
     except Exception as error:
-        raise ModelError(f"transformers can't read {path}: {error}") from error
+        raise ModelError(f"transformers can't read {path}: {first_line(error)}.") from error
 
 
 def load_config(directory: ModelDirectory, *, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -213,8 +243,9 @@ def load_config(directory: ModelDirectory, *, trust_remote_code: bool = False) -
         with quiet_transformers():
             return AutoConfig.from_pretrained(directory.path, trust_remote_code=trust_remote_code)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"transformers can't load the configuration of {directory.name}: {reason}") from error
+        raise ModelError(
+            f"transformers can't load the configuration of {directory.name}: {first_line(error)}."
+        ) from error
 
 
 def find_not_finite(folder: Path) -> tuple[Path, str, int] | None:
@@ -312,8 +343,7 @@ def load_model_and_unused(
             )
             model, report = loaded
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"transformers can't load the model {directory.name}: {reason}") from error
+        raise ModelError(f"transformers can't load the model {directory.name}: {first_line(error)}.") from error
     for kind in ("missing_keys", "mismatched_keys"):
         if report[kind]:
             names = sorted(str(key) for key in report[kind])
@@ -359,8 +389,7 @@ def load_tokenizer_if_any(
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(directory.path, trust_remote_code=trust_remote_code)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"transformers can't load the tokenizer of {directory.name}: {reason}") from error
+        raise ModelError(f"transformers can't load the tokenizer of {directory.name}: {first_line(error)}.") from error
 
 
 def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> TokenizerFingerprint:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neurograft.errors import ModelError, VerificationError
+from neurograft.errors import ModelError, VerificationError, first_line
 from neurograft.manifest import Probe
 from neurograft.models import find_not_finite
 
@@ -57,7 +57,7 @@ def probe_layers(model: PreTrainedModel, layers_path: str) -> torch.Tensor:
     except (RuntimeError, IndexError, TypeError, AttributeError) as error:
         raise ModelError(
             f"the layers of this {model.config.model_type} model can't be asked the probe questions "
-            f"({type(error).__name__}: {_first_line(error)}), so it can't be shown that they work."
+            f"({type(error).__name__}: {first_line(error)}), so it can't be shown that they work."
         ) from error
     if len(answers) != len(layers):
         raise ModelError(
@@ -200,10 +200,6 @@ def _shaped(question: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
     return question.to(present).expand_as(present)
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "")
-
-
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Switch every module to evaluation and each back to the mode it had."""
@@ -268,6 +264,6 @@ def _generation_gap(model: Any, tokens: torch.Tensor) -> float:
     except _MODEL_ERRORS as error:
         raise ModelError(
             f"transformers can't generate with the cache of this {model.config.model_type} model "
-            f"({type(error).__name__}: {_first_line(error)}), so no transplant in it can be verified."
+            f"({type(error).__name__}: {first_line(error)}), so no transplant in it can be verified."
         ) from error
     return float((cached != uncached).float().mean())

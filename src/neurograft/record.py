@@ -14,6 +14,7 @@ from neurograft.errors import ModelError
 from neurograft.files import (
     combine_digests,
     file_sha256,
+    read_bounded,
 )
 from neurograft.manifest import (
     RECORD_FILE,
@@ -41,14 +42,14 @@ def read_record(directory: Path) -> SurgicalRecord | None:
     if not path.is_file():
         return None
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_bounded(path).decode())
         version = data["schema_version"]
         if version > SCHEMA_VERSION:
             raise ModelError(
                 f"{path} has schema {version}, and this neurograft reads up to {SCHEMA_VERSION}; install a newer one."
             )
         return SurgicalRecord.model_validate(data)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, ModelError):
             raise
         first = error.errors()[0] if isinstance(error, ValidationError) else None

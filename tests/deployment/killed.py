@@ -1,7 +1,4 @@
-"""Deploys or rolls back in a child process again and again, and kills it; run by test_killed.py, prints JSON.
-
-One process loads torch, and its children are forked from it, so that a trial takes no longer than the work itself.
-"""
+"""Deploys or rolls back in a child process again and again, and kills it; run by test_killed.py, prints JSON."""
 
 from __future__ import annotations
 
@@ -11,37 +8,16 @@ import random
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from neurograft import deploy, history, rollback
+from deployments import go_back
+from killing import Work, fork
+from neurograft import deploy, history
 from neurograft.deployment import folder as folders
 from neurograft.deployment import history as histories
 from neurograft.organ import open_organ
-
-Work = Callable[[Path], Any]
-
-
-def fork(work: Work, place: Path, seconds: float | None) -> tuple[bool, float]:
-    """Do the work in a child, kill it after so many seconds; return whether it was killed, and how long it took."""
-    start = time.monotonic()
-    child = os.fork()
-    if child == 0:
-        try:
-            work(place)
-        except BaseException as error:
-            sys.stderr.write(f"{type(error).__name__}: {error}\n")
-            os._exit(3)
-        os._exit(0)
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    if not os.WIFSIGNALED(status) and os.waitstatus_to_exitcode(status) != 0:
-        raise RuntimeError("the work failed by itself")
-    return os.WIFSIGNALED(status), time.monotonic() - start
 
 
 def dying(work: Work, step: int) -> Work:
@@ -111,10 +87,6 @@ def main() -> None:
     """Run the trials of one kind of work."""
     kind, pristine, organ, gates, scratch, count = sys.argv[1:]
     opened = open_organ(organ)
-
-    def go_back(place: Path) -> None:
-        found = history(place)
-        rollback(place, to=2 if (found.unfinished or found.current).startswith("0001-") else 1)
 
     works: dict[str, Work] = {
         "deploy": lambda place: deploy(opened, to=place, gates=gates, mode="insert", at=1),

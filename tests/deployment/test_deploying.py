@@ -308,6 +308,23 @@ def test_a_torn_last_line_is_shown_and_mended_openly(hospital: Path) -> None:
     assert history(hospital).entries[-1].dropped is None
 
 
+def test_a_torn_first_line_is_no_deployment(organ: Organ, recipient: Path, tmp_path: Path, gates: Gates) -> None:
+    folder = tmp_path / "begun"
+    (folder / "versions").mkdir(parents=True)
+    (folder / "history.jsonl").write_bytes(b'{"schema_version":1,"numb')
+    calls: list[Callable[[], object]] = [
+        lambda: history(folder),
+        lambda: rollback(folder),
+        lambda: deploy(organ, to=folder, gates=gates(EASY), at=1),
+    ]
+    for call in calls:
+        with pytest.raises(DeploymentError, match=r"begun holds no deployment; start one with neurograft deploy"):
+            call()
+    assert deploy(to=folder, recipient=recipient).deployed
+    (start,) = history(folder).entries
+    assert start.dropped is not None and start.dropped.bytes == 25
+
+
 def test_two_who_switch_at_once_take_turns(hospital: Path) -> None:
     folder = DeploymentFolder(hospital)
     with folder.switching(), pytest.raises(DeploymentBusyError, match="another operator is switching"):

@@ -38,6 +38,7 @@ def test_paths_are_beside_the_file(tmp_path: Path) -> None:
     ("text", "sentence"),
     [
         ("gates: {a: {metric: bleu}}", "the gate a of .* has the metric 'bleu'; known are perplexity, retention, task"),
+        ("gates: {a: {metric: [task]}}", "the gate a of .* has no metric; known are perplexity"),
         ("gates: {a: {task: x}}", "the gate a of .* has no metric; known are perplexity"),
         ("gates: {a: {metric: retention, dta: x}}", "the gate a of .* has the unknown key 'dta'; known are data,"),
         ("gates: {a: {metric: perplexity, data: x}}", "the gate a of .* lacks limit"),
@@ -59,6 +60,18 @@ def test_refusals(tmp_path: Path, text: str, sentence: str) -> None:
     with pytest.raises(GateError, match=sentence) as caught:
         read_gates(_write(tmp_path, text))
     assert "\n" not in str(caught.value)
+
+
+def test_aliases_that_multiply_are_read_once(tmp_path: Path) -> None:
+    lists = "[&b0 [x], " + ", ".join(f"&b{n} [{', '.join([f'*b{n - 1}'] * 9)}]" for n in range(1, 40)) + "]"
+    with pytest.raises(GateError, match=r"the gate a of .*: data: input should be a valid string"):
+        read_gates(_write(tmp_path, f'gates: {{a: {{metric: perplexity, limit: "<9", data: {lists}}}}}'))
+
+
+def test_a_file_without_an_end_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "gates.yaml").symlink_to("/dev/zero")
+    with pytest.raises(GateError, match=r"gates.yaml can't be read: it has more than 1.0 MB"):
+        read_gates(tmp_path / "gates.yaml")
 
 
 def test_a_missing_file_is_said_to_be(tmp_path: Path) -> None:

@@ -244,7 +244,7 @@ def test_which_policy_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (RULES + "needed = 0", "allow.0.needed: "),
         (RULES.replace("reviewer.pub", "maker.pub"), "the signers maker and reviewer are the same"),
         (RULES.replace('key = "maker.pub"', 'identity = "a@b.c"'), "signers.maker: a signer has either"),
-        ("x" * (1 << 20) + "x", "is too large for a trust.toml"),
+        ("x" * (1 << 20) + "x", "can't be read (it has more than 1.0 MB)"),
     ],
 )
 def test_a_broken_policy_trusts_nothing(text: str, said: str, organ_file: Path, trust: Trust, maker: Keys) -> None:

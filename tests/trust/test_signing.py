@@ -237,7 +237,7 @@ def test_arguments_that_contradict_each_other(organ_file: Path, keys: Keys) -> N
         ("[" * 100_000, "is no signature"),
         ("not JSON", "is no signature"),
         ("{}\n" * 65, "holds 65 signatures"),
-        (" " * (LARGEST_FILE + 1), "too large"),
+        (" " * (LARGEST_FILE + 1), "it has more than 4.2 MB"),
     ],
     ids=["empty", "object", "deep", "text", "many", "large"],
 )

@@ -96,9 +96,9 @@ class DeploymentFolder:
         """Refuse a folder in which nothing was deployed.
 
         Raises:
-            DeploymentError: It is missing, or holds no history.
+            DeploymentError: It is missing, or holds no entry of a history.
         """
-        if not (self.path / HISTORY).is_file() and not os.path.lexists(self.current):
+        if not os.path.lexists(self.current) and not _has_entry(self.path / HISTORY):
             raise DeploymentError(
                 f"{self.path} holds no deployment; start one with neurograft deploy --recipient MODEL --to {self.path}."
             )
@@ -252,6 +252,15 @@ class DeploymentFolder:
         aside = self.path / _STAGING / uuid.uuid4().hex[:8]
         aside.parent.mkdir(exist_ok=True)
         os.rename(folder, aside)
+
+
+def _has_entry(history: Path) -> bool:
+    """Whether a history has a line that was written to its end, and not just the first half of its first."""
+    try:
+        with history.open("rb") as stream:
+            return stream.readline().endswith(b"\n")
+    except OSError:
+        return history.exists()  # whoever reads it says what is wrong
 
 
 _OWN = {CURRENT, VERSIONS, HISTORY, _NEXT, _STAGING, _DEPLOYING, _SWITCHING}

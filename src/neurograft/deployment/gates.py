@@ -11,9 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from neurograft.errors import GateError
 from neurograft.evaluation import Gate, parse_gate
-from neurograft.files import file_sha256
+from neurograft.files import file_sha256, read_bounded
 
 Against = Literal["current", "base"]
+_LARGEST = 1 << 20  # bytes
 _NAME = re.compile(r"[\w.-]+")
 
 
@@ -143,9 +144,8 @@ def _read_yaml(path: Path) -> dict[Hashable, Any]:
     import yaml
 
     try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        _refuse_duplicates(path, node)
+        text = read_bounded(path, _LARGEST).decode()
+        _refuse_duplicates(path, yaml.compose(text, Loader=yaml.SafeLoader), set())
         raw = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, GateError):
@@ -157,29 +157,36 @@ def _read_yaml(path: Path) -> dict[Hashable, Any]:
     return raw
 
 
-def _refuse_duplicates(path: Path, node: Any) -> None:
-    """Refuse a key that is there twice, of which YAML would silently take the last."""
+def _refuse_duplicates(path: Path, node: Any, seen: set[int]) -> None:
+    """Refuse a key that is there twice, of which YAML would silently take the last.
+
+    `seen` are the nodes that were looked at: by aliases, a few lines can name one more often than there are atoms.
+    """
     import yaml
 
+    if id(node) in seen:
+        return
+    seen.add(id(node))
     if isinstance(node, yaml.MappingNode):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if twice := sorted({key for key in keys if keys.count(key) > 1}):
             raise GateError(f"{path} has {twice[0]} twice in the same place; keep one.")
         for _, value in node.value:
-            _refuse_duplicates(path, value)
+            _refuse_duplicates(path, value, seen)
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
-            _refuse_duplicates(path, value)
+            _refuse_duplicates(path, value, seen)
 
 
 def _read_gate(path: Path, name: Hashable, value: Any) -> AnyGate:
     place = f"the gate {name} of {path}"
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise GateError(f"{place} has a name that is none: use letters, digits, '.', '_' and '-'.")
-    if not isinstance(value, dict) or value.get("metric") not in METRICS:
-        found = f"the metric {value['metric']!r}" if isinstance(value, dict) and "metric" in value else "no metric"
+    metric = value.get("metric") if isinstance(value, dict) else None
+    if not isinstance(metric, str) or metric not in METRICS:
+        found = f"the metric {metric!r}" if isinstance(metric, str) else "no metric"
         raise GateError(f"{place} has {found}; known are {', '.join(METRICS)}.")
-    kind = METRICS[value["metric"]]
+    kind = METRICS[metric]
     _refuse_unknown(place, value, tuple(kind.model_fields))
     try:
         gate = kind.model_validate(value)

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from neurograft.deployment.entries import NO_DIGEST, SCHEMA_VERSION, Dropped, Entry
 from neurograft.errors import HistoryError
-from neurograft.files import atomic_file, explained_os_errors, fsync, human_bytes
+from neurograft.files import atomic_file, explained_os_errors, fsync, read_bounded
 
 MAX_BYTES = 1 << 28  # far more than anybody deploys
 
@@ -99,9 +99,7 @@ def read_history(path: Path) -> History:
         HistoryError: Names the first entry that is not as it was written.
     """
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise HistoryError(f"{path} is larger than {human_bytes(MAX_BYTES)}, so it is no history of deployments.")
-        data = path.read_bytes()
+        data = read_bounded(path, MAX_BYTES)
     except FileNotFoundError:
         return History(path)
     except OSError as error:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from neurograft.errors import DataError, UsageError
-from neurograft.files import atomic_file, check_output_file, file_sha256
+from neurograft.files import atomic_file, check_output_file, file_sha256, read_bounded
 from neurograft.manifest import CanaryFigures, Digest
 
 if TYPE_CHECKING:
@@ -146,9 +146,9 @@ def read_canaries(path: str | Path) -> Canaries:
     """
     path = Path(path)
     try:
-        found = Canaries.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"the canaries can't be read from {path}: {error}.") from error
+        found = Canaries.model_validate_json(read_bounded(path))
+    except OSError as error:
+        raise DataError(f"the canaries can't be read from {path}: {error.strerror or error}.") from error
     except ValidationError as error:
         raise DataError(f"{path} is no secret file of canaries; `neurograft plant` writes one.") from error
     if not found.included or not found.left_out:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from neurograft.errors import UsageError
-from neurograft.files import atomic_file
+from neurograft.files import atomic_file, explained_os_errors
 from neurograft.models import ModelDirectory
 from neurograft.training.comparison import installed_versions, machine_name
 from neurograft.training.measuring import digest_of
@@ -62,9 +62,11 @@ def going_on(folder: Path) -> Iterator[None]:
 
     Raises:
         KeyboardInterrupt: Interrupted; its message says how to go on.
+        NeurograftError: The disk is full or the folder can't be written to.
     """
-    for name in _KEPT:
-        (folder / name).mkdir(parents=True, exist_ok=True)
+    with explained_os_errors(folder):
+        for name in _KEPT:
+            (folder / name).mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".cache-*"):
         shutil.rmtree(left, ignore_errors=True)
     try:

@@ -16,7 +16,7 @@ from neurograft import data as text_data
 from neurograft import ranks
 from neurograft.errors import DataError, NeurograftError, UsageError
 from neurograft.extraction import extract
-from neurograft.files import atomic_file, refuse_overlap
+from neurograft.files import atomic_file, explained_os_errors, refuse_overlap
 from neurograft.identity import as_identity
 from neurograft.models import ModelDirectory, load_config, load_tokenizer, resolve
 from neurograft.training import measuring
@@ -264,10 +264,11 @@ class _Desk:
         self.layer_count = _layer_count(directory, trust)
 
     def __enter__(self) -> _Desk:
-        (self.folder / "runs").mkdir(parents=True, exist_ok=True)
-        for left in self.folder.glob(".cache-*"):  # by a run that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        self._organs = tempfile.TemporaryDirectory(prefix=".cache-organs-", dir=self.folder)
+        with explained_os_errors(self.folder):
+            (self.folder / "runs").mkdir(parents=True, exist_ok=True)
+            for left in self.folder.glob(".cache-*"):  # by a run that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            self._organs = tempfile.TemporaryDirectory(prefix=".cache-organs-", dir=self.folder)
         files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in self.directory.path.iterdir())
         texts = {name: text_data.fingerprint(documents) for name, documents in self.text.parts().items()}
         self._start = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from neurograft.errors import UsageError
+from neurograft.files import read_bounded
 
 Value = bool | int | float | str
 Settings = dict[str, Value]
 
+_LARGEST = 1 << 20  # bytes
 # Options of `train` that `compare` decides itself, or that have no meaning for it.
 DECIDED_BY_COMPARE = frozenset(
     {
@@ -168,9 +171,9 @@ def read_spaces(path: Path) -> dict[str, Space]:
     import yaml
 
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
+        raw = yaml.safe_load(read_bounded(path, _LARGEST).decode())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise UsageError(f"the search file {path} can't be read: {reason}.") from error
     form = "write METHOD: {SETTING: [VALUE, ...]} or METHOD: {SETTING: {low: NUMBER, high: NUMBER}}"
     if not isinstance(raw, dict) or not all(isinstance(space, dict) for space in raw.values()):
@@ -192,7 +195,7 @@ def _read_choice(raw: Any, place: str, form: str) -> Choice:
             inner = "".join(f" {part}:" for part in first["loc"])
             raise UsageError(f"{place}:{inner} {first['msg'].removeprefix('Value error, ')}; {form}.") from error
     if not isinstance(raw, list) or not raw or not all(isinstance(value, Value) for value in raw):
-        raise UsageError(f"{place} is {raw!r}; {form}.")
+        raise UsageError(f"{place} is {reprlib.repr(raw)}; {form}.")
     return [_number_if_one(value) for value in raw]
 
 

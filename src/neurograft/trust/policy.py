@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from neurograft.errors import TrustError
+from neurograft.files import read_bounded
 from neurograft.manifest import Manifest
 from neurograft.trust.signature_files import read_signatures, require_library, signature_path
 from neurograft.trust.signers import Examined, OrganBytes, Signer, examine
@@ -103,9 +104,7 @@ def read_policy(path: Path) -> Policy:
         TrustError: It is missing, no TOML, or says something that is not understood.
     """
     try:
-        if path.stat().st_size > _LARGEST_POLICY:
-            raise TrustError(f"{path} is too large for a trust.toml ({path.stat().st_size:,} bytes).")
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(read_bounded(path, _LARGEST_POLICY).decode())
         policy = Policy.model_validate(data)
     except OSError as error:
         raise TrustError(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from neurograft.errors import NeurograftError, TrustError
-from neurograft.files import atomic_file
+from neurograft.files import atomic_file, read_bounded
 
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate
@@ -128,13 +128,12 @@ def read_signatures(organ: Path) -> list[Signature]:
     """
     path = signature_path(organ)
     try:
-        if not path.exists():
-            return []
-        if path.stat().st_size > LARGEST_FILE:
-            raise TrustError(f"{path} is too large for signatures ({path.stat().st_size:,} bytes); sign anew.")
-        text = path.read_text(encoding="utf-8")
+        text = read_bounded(path, LARGEST_FILE).decode()
+    except FileNotFoundError:
+        return []
     except (OSError, UnicodeDecodeError) as error:
-        raise TrustError(f"{path} can't be read as signatures: {error}.") from error
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise TrustError(f"{path} can't be read as signatures: {reason}.") from error
     return parse_signatures(text, path)
 
 

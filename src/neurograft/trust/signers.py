@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from neurograft.errors import NeurograftError, TrustError
+from neurograft.errors import NeurograftError, TrustError, first_line
+from neurograft.files import read_bounded
 from neurograft.trust.signature_files import Kind, Signature, names_of, require_library
 
 if TYPE_CHECKING:
@@ -110,12 +111,13 @@ def key_hint(path: Path) -> str:
         TrustError: The file is missing or no public key on a curve that is signed with.
     """
     require_library()
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
     try:
-        key = serialization.load_pem_public_key(path.read_bytes())
-    except (OSError, ValueError) as error:
+        key = serialization.load_pem_public_key(read_bounded(path))
+    except (OSError, ValueError, UnsupportedAlgorithm) as error:
         raise TrustError(
             f"{path} is no public key in PEM ({first_line(error)}); make one with: openssl ec -in KEY -pubout."
         ) from error
@@ -249,7 +251,7 @@ def _refuse_expired(signature: Signature, roots: Path, signer: str) -> None:
     from cryptography import x509
 
     try:
-        known = x509.load_pem_x509_certificates(roots.read_bytes())
+        known = x509.load_pem_x509_certificates(read_bounded(roots))
     except (OSError, ValueError) as error:
         raise TrustError(f"{roots} holds no certificates in PEM: {first_line(error)}.") from error
     chain = signature.chain
@@ -285,8 +287,3 @@ def refuse_outside_validity(certificate: Certificate, consequence: str) -> None:
 
 def _name(certificate: Certificate) -> str:
     return next(iter(names_of(certificate)), certificate.subject.rfc4514_string() or "an unnamed owner")
-
-
-def first_line(error: Exception) -> str:
-    """Return what an error of a library says in one line, without a full stop."""
-    return next(iter(str(error).strip().splitlines()), "").strip().rstrip(".") or type(error).__name__

@@ -9,7 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from neurograft.errors import TrustError, UsageError
+from neurograft.errors import TrustError, UsageError, first_line
+from neurograft.files import read_bounded
 from neurograft.organ import organ_path, read_manifest
 from neurograft.trust.signature_files import (
     Signature,
@@ -22,7 +23,6 @@ from neurograft.trust.signature_files import (
 from neurograft.trust.signers import (
     CURVES,
     OrganBytes,
-    first_line,
     reaching_sigstore,
     refuse_outside_validity,
 )
@@ -161,18 +161,19 @@ def _by_sigstore(organ: OrganBytes, identity_token: str | None) -> Signature:
 
 
 def _check_key(path: Path, password: str | None) -> None:
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
     try:
-        key = serialization.load_pem_private_key(path.read_bytes(), None if password is None else password.encode())
+        key = serialization.load_pem_private_key(read_bounded(path), None if password is None else password.encode())
     except OSError as error:
         raise TrustError(f"the key {path} can't be read: {error.strerror or error}.") from error
     except TypeError as error:  # cryptography's word for a password that is missing, or one too many
         raise TrustError(
             f"the key {path} has {'a password; set NEUROGRAFT_KEY_PASSWORD' if password is None else 'no password'}."
         ) from error
-    except ValueError as error:
+    except (ValueError, UnsupportedAlgorithm) as error:
         raise TrustError(
             f"{path} is no private key in PEM, or its password is another one ({first_line(error)}); make a key with: "
             "openssl ecparam -name prime256v1 -genkey -noout -out KEY."
@@ -187,7 +188,7 @@ def _check_certificates(path: Path) -> None:
     from cryptography import x509
 
     try:
-        certificates = x509.load_pem_x509_certificates(path.read_bytes())
+        certificates = x509.load_pem_x509_certificates(read_bounded(path))
     except (OSError, ValueError) as error:
         raise TrustError(f"{path} holds no certificate in PEM: {first_line(error)}.") from error
     for certificate in certificates:
