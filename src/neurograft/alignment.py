@@ -193,4 +193,6 @@ def alignment_findings(alignment: AlignmentCurve) -> list[Finding]:
     best = next(entry for entry in alignment.curve if entry.position == alignment.best)
     if best.position != here.position:
         why += f"; they are most alike at position {best.position} (distance {best.distance:.3f})"
+    if here.verdict != "fits":
+        why += "; thresholds were measured on a model of 135 million parameters, so let `scan` or `evaluate` decide"
     return [Finding(severity="notes" if here.verdict == "fits" else "risks", subject="alignment", why=why)]

@@ -17,6 +17,7 @@ from neurograft.errors import IncompatibleError, ModelError, UsageError
 from neurograft.files import atomic_file, check_output_file
 from neurograft.findings import Finding
 from neurograft.models import ModelDirectory, fit_sequence_length, load_config, load_model, load_tokenizer, resolve
+from neurograft.placement.sampling import FEWEST_UNITS
 from neurograft.record import unique_names
 from neurograft.several import (
     Modes,
@@ -114,7 +115,8 @@ def compose(
     if seed < 0:
         raise UsageError(f"the seed is {seed}; it must not be negative.")
     if output is not None:
-        _check_output(Path(output), overwrite=overwrite)
+        given = [path for text in (*(data or {}).values(), general) for path in text_data.paths_of(text)]
+        _check_output(Path(output), overwrite=overwrite, inputs=[Path(recipient), *given])
     reading = {"text_column": text_column, "document_separator": document_separator, "encoding": encoding}
     documents = _read(data or {}, general, reading)
     opened = open_organs(organs)
@@ -141,10 +143,10 @@ def compose(
     return report
 
 
-def _check_output(path: Path, *, overwrite: bool) -> None:
+def _check_output(path: Path, *, overwrite: bool, inputs: Sequence[Path]) -> None:
     if path.suffix != ".md":
         raise UsageError(f"the report is Markdown, so its name ends in .md, and {path} does not.")
-    check_output_file(path, overwrite=overwrite)
+    check_output_file(path, overwrite=overwrite, inputs=inputs)
 
 
 def _read(data: Mapping[str, Paths], general: Paths | None, reading: dict[str, Any]) -> dict[str, list[str]]:
@@ -283,7 +285,7 @@ class _Measuring:
             for name, inside in variants.items()
         ]
         interference = [self._interference(key, rows, losses) for key in self.tokens]
-        findings = [*report.findings, *_interference_findings(interference), *self._general_findings(rows)]
+        findings = [*report.findings, *_interference_findings(interference, self._few()), *self._general_findings(rows)]
         update = {
             "rows": rows,
             "interference": interference,
@@ -370,6 +372,10 @@ class _Measuring:
         low, high = numpy.quantile(logs, [0.025, 0.975])
         return _exp(float(difference.sum()) / int(counts.sum())), _exp(float(low)), _exp(float(high))
 
+    def _few(self) -> list[str]:
+        """Return the data sets with too few documents to draw anew from."""
+        return [name for name, documents in self.tokens.items() if len(documents) < FEWEST_UNITS]
+
     def _interference(
         self, name: str, rows: Sequence[Row], losses: Mapping[str, Mapping[str, numpy.ndarray]]
     ) -> Interference:
@@ -393,11 +399,22 @@ class _Measuring:
 _RECIPIENT, _TOGETHER, _REVERSED = "recipient", "together", "together, in reverse order"
 
 
-def _interference_findings(interference: Sequence[Interference]) -> list[Finding]:
-    """Say on which domains the organs together are worse than the best of them alone."""
-    findings = []
+def _interference_findings(interference: Sequence[Interference], few: Sequence[str]) -> list[Finding]:
+    """Say on which domains the organs together are worse than the best of them alone.
+
+    Args:
+        interference: On each data set.
+        few: Data sets with too few documents for an interval over documents to mean much.
+    """
+    findings = [
+        Finding(
+            severity="notes", subject="text", why=f"{name} has fewer than {FEWEST_UNITS} documents, so that its "
+            "intervals, which are over documents, say little; give more documents",
+        )
+        for name in few
+    ]  # fmt: skip
     for item in interference:
-        if item.data != GENERAL and item.low > 1 and item.ratio > _WORTH_SAYING:
+        if item.data != GENERAL and item.data not in few and item.low > 1 and item.ratio > _WORTH_SAYING:
             why = (
                 f"on {item.data} perplexity with all organs is {item.show_ratio()} times that with {item.best} alone; "
                 "recover around one of them, put them further apart, or leave one out"

@@ -249,10 +249,17 @@ def split_documents(documents: Sequence[str], *, held_out: float = 0.1, seed: in
 
 
 def tokenize_documents(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Return the token ids of each document, without special tokens."""
+    """Return the token ids of each document, without special tokens.
+
+    Raises:
+        DataError: The tokenizer has no tokens for something in them.
+    """
     if not documents:
         return []
-    encoded = tokenizer(list(documents), add_special_tokens=False, verbose=False, return_attention_mask=False)
+    try:
+        encoded = tokenizer(list(documents), add_special_tokens=False, verbose=False, return_attention_mask=False)
+    except Exception as error:  # tokenizers raise nothing more special where a word has no token
+        raise DataError(f"the tokenizer can't encode the text: {error}.") from error
     return [list(ids) for ids in encoded["input_ids"]]
 
 

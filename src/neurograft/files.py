@@ -273,6 +273,28 @@ def read_bounded(path: Path, most: int = LARGEST_TEXT) -> bytes:
     return bytes(content)
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Let nobody else work in a folder inside the block.
+
+    Raises:
+        UsageError: Somebody does.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UsageError(
+            f"another run is at work in {folder}; wait until it is done, or give another folder."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, as 64 hex digits."""
     with path.open("rb") as stream:

@@ -387,6 +387,13 @@ class Manifest(_Part):
         """Every training of the organ, first to last."""
         return [*self.training_history, *([self.training] if self.training else [])]
 
+    def merge_line(self) -> str | None:
+        """Say in one line what the organ was merged from; `None` if it was not."""
+        if self.merged is None:
+            return None
+        parents = (f"{parent.name} {parent.version} ({parent.weight:.0%})" for parent in self.merged.parents)
+        return f"by {self.merged.method} from {', '.join(parents)}"
+
     @property
     def is_packed(self) -> bool:
         """Whether the layers are quantised: bytes that mean something only to the method that packed them."""

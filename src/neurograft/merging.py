@@ -240,6 +240,7 @@ def merge_tensors(
 
     Raises:
         IncompatibleError: A tensor of whole numbers differs between the organs.
+        UsageError: The scale makes numbers that its dtype can't hold.
     """
     import torch
 
@@ -270,6 +271,8 @@ def merge_tensors(
                 added = _weighted(vectors, weights, wide)
             total = start + settings["scale"] * added
         merged[name] = total.to(own[0].dtype)
+        if not bool(merged[name].isfinite().all()):
+            raise UsageError(f"the merged {name} is not finite in {merged[name].dtype}; give a smaller --scale.")
     return merged
 
 

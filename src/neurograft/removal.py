@@ -210,9 +210,9 @@ class _Excision:
 
     def _write_rest(self, written: Written, origins: list[Origin], target: Path) -> None:
         """Write what lies beside a model that still holds other organs: their explants and the record."""
-        (target / EXPLANT_FOLDER).mkdir()
         recoveries, left = recoveries_without(self.record, self.operation.organ), self.left
         for path in explants_of(left, recoveries):
+            (target / EXPLANT_FOLDER).mkdir(exist_ok=True)
             shutil.copyfile(self.checkpoint.directory.path / path, target / path)
         update = {
             "schema_version": SCHEMA_VERSION,

@@ -71,9 +71,8 @@ def manifest(organ: Manifest, size: int | None = None) -> RenderableType:
     for name, value in (("licence", organ.license), ("about", organ.description)):
         if value:
             rows.append((name, value))
-    if organ.merged is not None:
-        parents = (f"{parent.name} {parent.version} ({parent.weight:.0%})" for parent in organ.merged.parents)
-        rows.append(("merged", f"by {organ.merged.method} from {', '.join(parents)}"))
+    if (merged := organ.merge_line()) is not None:
+        rows.append(("merged", merged))
     if training is not None:
         rows.append(
             (
@@ -132,9 +131,11 @@ def check_report(report: CheckReport) -> RenderableType:
             *map(Text, values),
             Text(finding.why),
         )
-    verdict = Text("does not fit", style="bold red") if report.blocked else Text("fits", style="bold green")
+    verdict = (
+        Text("does not fit", style="bold red") if report.blocked else Text("nothing blocks it", style="bold green")
+    )
     if not report.findings:
-        return Text("fits; nothing differs", style="bold green")
+        return Text("nothing blocks it; nothing differs", style="bold green")
     if report.alignment is not None:
         return Group(table, _alignment(report.alignment), verdict)
     return Group(table, verdict)
@@ -313,8 +314,15 @@ def _scan_sentences(report: ScanReport) -> Iterable[str]:
         yield f"≈ can't be told apart from it on the text that they saw: {', '.join(report.tied)}"
     if not report.helps:
         yield "nowhere is the organ sure to make the recipient better on this text"
+    if report.unmeasured:
+        yield (
+            f"the budget left {report.unmeasured} of {len(report.places)} places out, so this is the best of the "
+            "others only, and --record keeps what the organ recommended before"
+        )
     if not report.complete:
         yield "the budget ended before the whole sample was used"
+    if any(place.domain is not None and place.stopped for place in report.places):
+        yield "places that dropped out saw less of the text, so that their figures are of other text (--json: how much)"
     yield (
         f"{report.layer_passes / max(report.layer_passes_from_scratch, 1):.0%} of the layer passes of measuring each "
         f"place by itself, {report.seconds:.0f} s"

@@ -66,7 +66,10 @@ def encode_probe(tokenizer: PreTrainedTokenizerBase, window: int, name: str) -> 
     Raises:
         ModelError: The tokenizer can't encode the text.
     """
-    ids = list(tokenizer(probe_text(), add_special_tokens=False)["input_ids"])
+    try:
+        ids = list(tokenizer(probe_text(), add_special_tokens=False)["input_ids"])
+    except Exception as error:  # tokenizers raise nothing more special where a word has no token
+        raise ModelError(f"the tokenizer of {name} can't encode the probe text: {error}.") from error
     unknown = sum(token == tokenizer.unk_token_id for token in ids) if tokenizer.unk_token_id is not None else 0
     if len(ids) < _LEAST_TOKENS or unknown > _MOST_UNKNOWN * len(ids):
         raise ModelError(

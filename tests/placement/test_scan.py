@@ -17,6 +17,7 @@ import neurograft
 from conftest import Factory
 from neurograft import evaluate, extract, scan, transplant
 from neurograft.cli import app
+from neurograft.data import tokenize_documents
 from neurograft.errors import DataError, IncompatibleError, NeurograftError, UsageError, VerificationError
 from neurograft.evaluation import document_losses
 from neurograft.identity import as_identity
@@ -429,7 +430,7 @@ class TestRefusals:
     def test_too_little_text(self, organ: Organ, recipient: Path, tmp_path: Path) -> None:
         path = _write(tmp_path / "few.jsonl", _documents(7))
         with pytest.raises(
-            DataError, match="the domain text makes 7 windows of 512 tokens, and places can be compared on 8"
+            DataError, match="of the domain text make 7 windows of 512 tokens, and places can be compared on 8"
         ):
             scan(organ, recipient, data=path)
         with pytest.raises(DataError, match="there is too little text to recover on"):
@@ -497,3 +498,35 @@ class TestCommand:
     def test_failure(self, organ_file: Path, recipient: Path, text: Path) -> None:
         result = RUNNER.invoke(app, ["scan", str(organ_file), str(recipient), "--data", str(text), "--positions", "99"])
         assert result.exit_code == 2 and "position 99 is out of range" in result.stderr
+
+
+@pytest.mark.parametrize("which", ["data", "general", "recover_data"])
+def test_text_is_never_overwritten(which: str, organ: Organ, recipient: Path, text: Path, tmp_path: Path) -> None:
+    other = _write(tmp_path / "other.jsonl", _documents(30, seed=3))
+    before = other.read_bytes()
+    given: dict[str, Any] = {"data": text, which: other, **({"recover_tokens": 64} if which == "recover_data" else {})}
+    with pytest.raises(UsageError, match=r"other\.jsonl"):
+        scan(organ, recipient, output=other, overwrite=True, **given)
+    assert other.read_bytes() == before
+
+
+def test_a_scan_that_left_places_out_recommends_nothing(organ_file: Path, recipient: Path, text: Path) -> None:
+    before = read_organ(organ_file).manifest
+    options: dict[str, Any] = {"sequence_length": 16, "max_tokens": 400, "modes": "insert", "prune": "never"}
+    whole = scan(organ_file, recipient, data=text, **options)
+    part = scan(organ_file, recipient, data=text, record=True, budget_tokens=whole.tokens_run // 2, **options)
+    assert whole.unmeasured == 0 < part.unmeasured < len(part.places)
+    after = read_organ(organ_file).manifest
+    assert len(after.scans) == 1
+    assert (after.recommended_mode, after.recommended_position) == (
+        before.recommended_mode,
+        before.recommended_position,
+    )
+
+
+def test_a_tokenizer_without_words_for_the_text_is_one_sentence() -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise Exception("WordLevel error: Missing [UNK] token")
+
+    with pytest.raises(DataError, match=r"the tokenizer can't encode the text: WordLevel error"):
+        tokenize_documents(["a text"], refuse)  # type: ignore[arg-type]

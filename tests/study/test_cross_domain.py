@@ -14,6 +14,7 @@ from conftest import Factory
 from neurograft import study_cross_domain
 from neurograft.cli import app
 from neurograft.errors import UsageError
+from neurograft.files import alone_in
 from neurograft.organ import read_manifest
 from neurograft.reporting.sources import read_sources
 from neurograft.study import cross_domain_report
@@ -151,3 +152,23 @@ def test_the_command_says_what_a_domain_looks_like(tmp_path: Path, texts: dict[s
     result = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "out"), "--json"])
     assert result.exit_code == 2
     assert "write NAME=PATH" in json.loads(result.stdout)["error"]["message"]
+
+
+def test_one_run_at_a_time_works_in_a_folder(
+    done: tuple[CrossDomainReport, Path], model_directory: Factory, texts: dict[str, Path]
+) -> None:
+    folder = done[1]
+    given: dict[str, Any] = {"domains": {"law": texts["law"]}, "target": texts["target"], "overwrite": True, **SMALL}
+    (folder / ".cache-live").mkdir()
+    with alone_in(folder), pytest.raises(UsageError, match="another run is at work in .*out"):
+        study_cross_domain(model_directory("llama"), output=folder, isolated=False, **given)
+    assert (folder / ".cache-live").is_dir()  # it may be the other run's
+    (folder / ".cache-live").rmdir()
+
+
+def test_less_than_two_passes_are_said_to_tell_nothing_of_learning_by_heart(
+    done: tuple[CrossDomainReport, Path],
+) -> None:
+    assert not any("passed over" in line for line in cross_domain_report.findings(done[0]))
+    short = done[0].model_copy(update={"tokens": done[0].target_tokens})
+    assert "passed over 1.0 times" in cross_domain_report.findings(short)[0]

@@ -55,8 +55,8 @@ def parse_positions(positions: str | Iterable[int], layer_count: int) -> list[in
     """
     if not isinstance(positions, str):
         numbers = list(positions)
-    elif match := _RANGE.match(positions.strip()):
-        numbers = list(range(int(match[1]), int(match[2]), int(match[3] or 1) or 1))
+    elif (match := _RANGE.match(positions.strip())) and match[3] != "0":
+        numbers = list(range(int(match[1]), int(match[2]), int(match[3] or 1)))
     elif re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", positions):
         numbers = [int(part) for part in positions.split(",")]
     else:

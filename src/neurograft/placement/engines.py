@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from neurograft.arithmetic import choose_arithmetic
 from neurograft.errors import NeurograftError
 from neurograft.evaluation import Window
 from neurograft.models import ModelDirectory, load_model, load_tokenizer, resolve
@@ -152,7 +153,7 @@ class RayEngine:
 
     Args:
         setup: What to run.
-        kernels: How matrices are multiplied; left out, as is fastest on the first worker.
+        kernels: How matrices are multiplied; left out, as is fastest on the first worker, which may be elsewhere.
         folder: Where parameters after recovery lie.
         workers: How many.
         address: Of the cluster; left out, one is started on this machine.
@@ -329,6 +330,12 @@ def open_engine(
     """
     if name == "local":
         return LocalEngine(setup, kernels, folder)
+    if kernels is None and address is None:
+        import torch
+
+        # What is fastest may be a close call, and on this machine workers should come to what this process would.
+        device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        kernels = choose_arithmetic("float32", device).kernels
     return RayEngine(setup, kernels, folder, workers=workers or os.cpu_count() or 1, address=address)
 
 

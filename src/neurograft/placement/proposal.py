@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from neurograft.anatomy import describe
+from neurograft.data import paths_of
 from neurograft.errors import UsageError
 from neurograft.extraction import parse_layers
 from neurograft.files import atomic_file, check_output_file, human_bytes
@@ -23,6 +24,7 @@ from neurograft.placement.costs import Measured, measure, predict
 from neurograft.placement.plan_results import PlanReport, Proposal
 from neurograft.placement.signals import layer_signals, logit_lens
 from neurograft.placement.trials import Trials, shortlist
+from neurograft.sketch import SKIPPED, WIDTH, WINDOWS, window_of
 from neurograft.training.loop import Batches, Trainee, TrainingRun
 from neurograft.training.options import TrainingOptions, fit_to_model, parse_options
 from neurograft.training.protocols import read_texts
@@ -40,6 +42,7 @@ _AMOUNT = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]?)b?\s*$", re.IGNORECASE)
 _LIMITS = ("tokens", "seconds", "memory", "bytes")
 _COUNTS = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
 _TRIAL_SHARE = 32
+_REST_OF_MANIFEST = 8_000  # bytes
 
 
 PlanProgress = Callable[[str], None]
@@ -72,7 +75,7 @@ def plan(
     Args:
         model: The host: a local transformers directory, a `.gguf` file or a Hub id.
         data: Files, folders or a Hub dataset id with the domain's text; see `neurograft.data.read_documents`.
-        budget: Limits, as `NAME=AMOUNT` or a mapping: `tokens` to train on (left out, one pass through the text),
+        budget: Limits, as `NAME=AMOUNT` or a mapping: `tokens` to train on, in whole steps (left out, one pass),
             `seconds` of training, `memory` beyond the host in bytes, `bytes` of the organ's file. Amounts may end in k,
             M or G.
         eval_data: Held-out text; left out, a share of the documents of `data` is kept for it.
@@ -97,7 +100,9 @@ def plan(
         raise UsageError("--trials and --trial-tokens must be above 0.")
     directory = resolve(model, trust_remote_code=trust_remote_code)
     if output is not None:
-        check_output_file(Path(output), overwrite=overwrite, inputs=[directory.path])
+        check_output_file(
+            Path(output), overwrite=overwrite, inputs=[directory.path, *paths_of(data), *paths_of(eval_data)]
+        )
     reading = {"text_column": text_column, "document_separator": document_separator, "encoding": encoding}
     texts = read_texts(data, eval_data, chosen, reading)
     chosen = fit_to_model(chosen, load_config(directory, trust_remote_code=trust_remote_code), directory.name)
@@ -142,8 +147,16 @@ def _options(options: dict[str, Any], limits: Mapping[str, float]) -> TrainingOp
     for name in DECIDED_BY_PLAN:
         if options.get(name) is not None:
             raise UsageError(f"--{name.replace('_', '-')} has no meaning here: plan decides it, or --budget does.")
-    tokens = {"max_tokens": int(limits["tokens"])} if "tokens" in limits else {}
-    return parse_options(**options, **tokens)
+    chosen = parse_options(**options)
+    if "tokens" not in limits:
+        return chosen
+    step = chosen.batch_size * chosen.accumulate * chosen.sequence_length
+    if limits["tokens"] < step:
+        raise UsageError(
+            f"the budget of {limits['tokens']:g} tokens is less than one optimizer step, which takes {step:,}; give "
+            "more, or a smaller --batch-size, --accumulate or --sequence-length."
+        )
+    return parse_options(**options, max_tokens=int(limits["tokens"] // step) * step)
 
 
 @dataclass
@@ -167,6 +180,9 @@ class _Case:
         for name, tensor in disk.items():
             width = stored.itemsize if tensor.is_floating_point() else tensor.element_size()
             self._sizes[int(name.split(".")[1])] += tensor.numel() * width
+        # Two arrays of half-precision states as base64 text, and the rest of the manifest.
+        states = WINDOWS * (window_of(self.model) - SKIPPED) * WIDTH
+        self._manifest_bytes = 2 * 2 * states * 4 // 3 + _REST_OF_MANIFEST
 
     def plan(self, reference: str, trials: int, trial_tokens: int | None) -> PlanReport:
         """Measure, choose, try."""
@@ -234,7 +250,7 @@ class _Case:
             self.progress(text)
 
     def _proposal(self, measured: Measured, gradients: list[float], layers: range, *, inserted: bool) -> Proposal:
-        size = sum(self._sizes[number] for number in layers)
+        size = sum(self._sizes[number] for number in layers) + self._manifest_bytes
         cost = predict(
             measured, self.batches, self.options, start=layers.start, count=len(layers), inserted=inserted, size=size
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from typing import Any
 
 from neurograft.checkpoint import open_checkpoint
 from neurograft.compat import align
@@ -13,11 +15,15 @@ from neurograft.organ import Organ, now, open_organ
 from neurograft.placement.results import Place, ScanReport
 from neurograft.studies import studying
 
+log = logging.getLogger("neurograft")
+
 
 def record_scan(
     path: Path, scanned: Organ, report: ScanReport, directory: ModelDirectory, *, trust_remote_code: bool = False
 ) -> Organ:
     """Add a scan to an organ's file, and let the organ recommend the best place; its tensors stay as they are.
+
+    A scan whose budget left places out is recorded, and recommends nothing.
 
     A recommended position is one of the donor. Where the recipient's layers can be matched with the donor's by their
     weights, as `check` does, the best position is counted back to the donor; otherwise it is recommended as it is.
@@ -43,11 +49,14 @@ def record_scan(
         checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
         alignment = align(organ, checkpoint)
     shift = 0 if alignment is None else alignment.layer - organ.manifest.source.layer_start
-    update = {
+    update: dict[str, Any] = {
         "scans": [*organ.manifest.scans, to_manifest(report)],
         "recommended_mode": report.mode,
         "recommended_position": max(report.position - shift, 0),
     }
+    if report.unmeasured:
+        log.warning("%d places were not measured, so the organ goes on recommending what it did", report.unmeasured)
+        update = {"scans": update["scans"]}
     return Organ(organ.manifest.model_copy(update=update), organ.tensors).save(path, overwrite=True)
 
 

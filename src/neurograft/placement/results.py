@@ -107,3 +107,8 @@ class ScanReport(_Result):
     seconds: float
     """Without reading and loading; interruptions not counted."""
     versions: dict[str, str]
+
+    @property
+    def unmeasured(self) -> int:
+        """Places that the budget left out before anything was known of them."""
+        return sum(place.domain is None and place.stopped == "budget" for place in self.places)

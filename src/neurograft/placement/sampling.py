@@ -90,8 +90,9 @@ def draw_sample(
     windows = _cut(_round_robin(windows), max_tokens)
     if len(windows) < FEWEST_UNITS:
         raise DataError(
-            f"the {name} text makes {len(windows)} windows of {sequence_length} tokens, and places can be compared on "
-            f"{FEWEST_UNITS} or more; give more text, more documents, or a smaller --sequence-length."
+            f"{max_tokens:,} tokens of the {name} text make {len(windows)} windows of {sequence_length} tokens, and "
+            f"places can be compared on {FEWEST_UNITS} or more; give more text, more documents, a larger --max-tokens "
+            "(in a study --eval-tokens), or a smaller --sequence-length."
         )
     count = len({window.document for window in windows})
     units = [window.document for window in windows] if count >= FEWEST_UNITS else list(range(len(windows)))

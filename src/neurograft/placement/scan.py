@@ -140,7 +140,8 @@ def scan(
         raise UsageError("the organ has no file that the scan could be recorded in; save it first.")
     organ = organ if isinstance(organ, Organ) else read_organ(str(path))
     if output is not None:
-        inputs = [Path(recipient), *([path] if path is not None else [])]
+        read = [path for text in (data, general, recover_data) for path in text_data.paths_of(text)]
+        inputs = [Path(recipient), *([path] if path is not None else []), *read]
         check_output_file(Path(output), overwrite=overwrite, inputs=inputs)
     reading = {"text_column": text_column, "document_separator": document_separator, "encoding": encoding}
     texts = _read(data, general, recover_data, recover_tokens, seed, reading)

@@ -11,6 +11,7 @@ from neurograft.files import human_bytes
 from neurograft.manifest import Evaluation, Manifest, Operation, Origin, SurgicalRecord
 from neurograft.placement.plan_results import PlanReport, Proposal
 from neurograft.placement.results import Place, ScanReport
+from neurograft.privacy.rendering import privacy_line
 from neurograft.reporting import pictures
 from neurograft.reporting.continuations import Continuation
 from neurograft.reporting.page import facts, paragraph, plot, section, table
@@ -79,6 +80,8 @@ def organ_section(manifest: Manifest) -> str:
                  f"of {source.layer_count}"),
                 ("computed from", source.dequantised_from or ""),
                 ("recommended", f"{manifest.recommended_mode} at position {manifest.recommended_position}"),
+                ("merged", manifest.merge_line() or ""),
+                ("private", privacy_line(manifest) or ""),
                 ("made", manifest.created[:19].replace("T", " ")),
                 ("digest of the file", manifest.file_digest),
             ]
@@ -210,6 +213,11 @@ def scan_section(name: str, report: ScanReport) -> str:
     parts.append(table(header, [_place_row(place) for place in best[:_SHOWN_PLACES]]))
     if len(best) > _SHOWN_PLACES:
         parts.append(paragraph(f"The {_SHOWN_PLACES} best of {len(best)} places.", note=True))
+    if report.unmeasured:
+        left = (
+            f"The budget left {report.unmeasured} of {len(report.places)} places out; the best is that of the others."
+        )
+        parts.append(paragraph(left))
     if not report.complete:
         parts.append(paragraph("The budget ended before the whole sample was used.", note=True))
     return section(f"Positions: {name}", *parts)

@@ -86,6 +86,8 @@ def report(
     found = read_sources(paths)
     models: list[tuple[str, str | Path]] = [] if recipient is None else [("before", recipient)]
     models += [(path.resolve().name, path) for path in paths if path.is_dir() and (path / "neurograft.json").is_file()]
+    if not all(prompt.strip() for prompt in prompts):
+        raise UsageError("a prompt is empty; give the beginning of a text with --prompt.")
     if prompts and not models:
         raise UsageError("prompts need a model that goes on with them; give a transplanted model, or --recipient.")
     if recipient is not None and not prompts:

@@ -8,6 +8,8 @@ from typing import Any
 from neurograft.study.results import CONTROLS, ArmSummary, CrossDomainReport, GapPoint
 from neurograft.training.comparison_report import COLOURS, markdown_table, show
 
+_FEW_PASSES = 2
+
 
 def conditions(report: CrossDomainReport) -> str:
     """Say in a paragraph what was done, and how."""
@@ -25,6 +27,11 @@ def conditions(report: CrossDomainReport) -> str:
 def findings(report: CrossDomainReport) -> list[str]:
     """Say of each organ whether it helped the model with the target text more than the controls did."""
     sentences = []
+    if report.tokens < _FEW_PASSES * report.target_tokens:
+        sentences.append(
+            f"The target text was passed over {report.tokens / report.target_tokens:.1f} times, too little to be "
+            "learnt by heart: what follows is of adapting to it, not of regularising."
+        )
     for arm in report.arms:
         if arm.arm in CONTROLS or not arm.runs:
             continue

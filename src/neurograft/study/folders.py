@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from neurograft.errors import UsageError
-from neurograft.files import atomic_file, explained_os_errors
+from neurograft.files import alone_in, atomic_file, explained_os_errors
 from neurograft.models import ModelDirectory
 from neurograft.training.comparison import installed_versions, machine_name
 from neurograft.training.measuring import digest_of
@@ -62,17 +62,19 @@ def going_on(folder: Path) -> Iterator[None]:
 
     Raises:
         KeyboardInterrupt: Interrupted; its message says how to go on.
+        UsageError: Another run is at work in it.
         NeurograftError: The disk is full or the folder can't be written to.
     """
     with explained_os_errors(folder):
         for name in _KEPT:
             (folder / name).mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".cache-*"):
-        shutil.rmtree(left, ignore_errors=True)
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        raise KeyboardInterrupt("the study was not finished; the same command goes on after what was") from error
+    with alone_in(folder):
+        for left in folder.glob(".cache-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt("the study was not finished; the same command goes on after what was") from error
 
 
 def starting_from(directory: ModelDirectory) -> dict[str, Any]:

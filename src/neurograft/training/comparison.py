@@ -8,6 +8,7 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from neurograft import data as text_data
 from neurograft import ranks
 from neurograft.errors import DataError, NeurograftError, UsageError
 from neurograft.extraction import extract
-from neurograft.files import atomic_file, explained_os_errors, refuse_overlap
+from neurograft.files import alone_in, atomic_file, explained_os_errors, refuse_overlap
 from neurograft.identity import as_identity
 from neurograft.models import ModelDirectory, load_config, load_tokenizer, resolve
 from neurograft.training import measuring
@@ -262,10 +263,12 @@ class _Desk:
         self.folder, self.directory, self.text, self.options = folder, directory, text, options
         self.isolated, self.trust, self._doing = isolated, trust, "the comparison"
         self.layer_count = _layer_count(directory, trust)
+        self._alone = ExitStack()
 
     def __enter__(self) -> _Desk:
         with explained_os_errors(self.folder):
             (self.folder / "runs").mkdir(parents=True, exist_ok=True)
+            self._alone.enter_context(alone_in(self.folder))
             for left in self.folder.glob(".cache-*"):  # by a run that was killed
                 shutil.rmtree(left, ignore_errors=True)
             self._organs = tempfile.TemporaryDirectory(prefix=".cache-organs-", dir=self.folder)
@@ -280,6 +283,7 @@ class _Desk:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         self._organs.cleanup()
+        self._alone.close()
         if kind is KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"{self._doing} was not finished; the same command goes on after what was finished before it"
@@ -394,7 +398,7 @@ def _measure(desk: _Desk, methods: list[Method], trials: list[Trial], seeds: int
     runs = []
     for seed in range(seeds):
         for method in _in_turn(methods, seed):
-            title = f"{method.name}, seed {seed} of 0 to {seeds - 1}"
+            title = f"{method.name}, seed {seed}, run {seed + 1} of {seeds}"
             measured, error = _try(desk, method, best[method.name], {"seed": seed}, title, final=True)
             runs.append(Run(method=method.name, seed=seed, measured=measured, error=error))
     return runs
