@@ -160,7 +160,7 @@ def test_one_run_at_a_time_works_in_a_folder(
     folder = done[1]
     given: dict[str, Any] = {"domains": {"law": texts["law"]}, "target": texts["target"], "overwrite": True, **SMALL}
     (folder / ".cache-live").mkdir()
-    with alone_in(folder), pytest.raises(UsageError, match="another run is at work in .*out"):
+    with alone_in(folder), pytest.raises(UsageError, match="another run is at work in "):
         study_cross_domain(model_directory("llama"), output=folder, isolated=False, **given)
     assert (folder / ".cache-live").is_dir()  # it may be the other run's
     (folder / ".cache-live").rmdir()
