@@ -132,7 +132,7 @@ def study_paper(
     places = _Places.of(config, directory.name, layers, positions, len(domains))
     texts = _read(domains, general, shared, reading)
     _check_amount(texts, load_tokenizer(directory, trust_remote_code=trust_remote_code), shared)
-    asking = _Asking(folder, directory, texts, places, shares, shared, isolated, trust_remote_code)
+    asking = _Asking(folder, model, directory, texts, places, shares, shared, isolated, trust_remote_code)
     with going_on(folder):
         together, transfers = asking.together(), asking.transfers()
         report = PaperReport(
@@ -261,7 +261,8 @@ class _Asking:
 
     Args:
         folder: The study's folder.
-        directory: The model.
+        model: The model, as it was given.
+        directory: The same, resolved.
         texts: The domains.
         places: Where organs come from and go.
         shares: Tokens of each run.
@@ -271,10 +272,10 @@ class _Asking:
     """
 
     def __init__(
-        self, folder: Path, directory: ModelDirectory, texts: _Texts, places: _Places, shares: Shares,
-        options: TrainingOptions, isolated: bool, trust: bool,
+        self, folder: Path, model: str | Path, directory: ModelDirectory, texts: _Texts, places: _Places,
+        shares: Shares, options: TrainingOptions, isolated: bool, trust: bool,
     ) -> None:  # fmt: skip
-        self.folder, self.directory, self.texts, self.places = folder, directory, texts, places
+        self.folder, self.model, self.directory, self.texts, self.places = folder, model, directory, texts, places
         self.shares, self.isolated, self.trust = shares, isolated, trust
         self.eval_tokens, self.sequence_length = options.eval_tokens, options.sequence_length
         self._batch_size = options.batch_size
@@ -286,7 +287,7 @@ class _Asking:
         found = []
         for name in self.texts.training:
             organ = self.organ(name, self.places.paper, "standalone")
-            nothing = as_identity(extract(self.directory.path, layers=self.places.paper, trust_remote_code=self.trust))
+            nothing = as_identity(extract(self.model, layers=self.places.paper, trust_remote_code=self.trust))
             found.append(
                 PositionStudy(
                     domain=name,
@@ -303,7 +304,7 @@ class _Asking:
         found = []
         for name, other in zip(names, [*names[1:], names[0]], strict=True):
             organ = self._apart(name)
-            home = self._compose([organ], self.directory.path, f"{name} in its own host")
+            home = self._compose([organ], f"{name} in its own host")
             what = {**self._what(organ), "sibling": other, "tokens": self.shares.run}
             away = kept(self.folder, CompositionReport, what, lambda o=other, g=organ: self._away(g, o))  # type: ignore[misc]
             found.append(Transfer(domain=name, tuned_on=other, home=home, away=away))
@@ -311,13 +312,13 @@ class _Asking:
 
     def together(self) -> CompositionReport:
         """Ask what several organs come to."""
-        return self._compose([self._apart(name) for name in self.texts.training], self.directory.path, "all organs")
+        return self._compose([self._apart(name) for name in self.texts.training], "all organs")
 
     def comparisons(self, seeds: int, trials: int) -> dict[str, Comparison]:
         """Ask how organs stand beside LoRA and full fine-tuning."""
         return {
             name: compare(
-                self.directory.path, data=training, eval_data=self.texts.held_out[name], general=self.texts.elsewhere,
+                self.model, data=training, eval_data=self.texts.held_out[name], general=self.texts.elsewhere,
                 output=self.folder / f"comparison-{name}", tokens=self.shares.run, search_tokens=self.shares.trial,
                 methods=METHODS, seeds=seeds, trials=trials, evaluations=4, isolated=self.isolated, overwrite=True,
                 trust_remote_code=self.trust, **self._options,
@@ -333,7 +334,7 @@ class _Asking:
         else:
             target, held_out = self.texts.training[first], self.texts.held_out[first]
         return study_cross_domain(
-            self.directory.path, domains={name: self.texts.training[name] for name in others}, target=target,
+            self.model, domains={name: self.texts.training[name] for name in others}, target=target,
             eval_data=held_out, output=self.folder / "cross-domain", tokens=self.shares.run,
             target_tokens=self.shares.trial, layers=self._count(), seeds=seeds, evaluations=4, isolated=self.isolated,
             overwrite=True, trust_remote_code=self.trust, **self._options,
@@ -346,7 +347,7 @@ class _Asking:
         if not path.is_file():
             log.info("training an organ on %s, %s", name, protocol)
             train(
-                extract(self.directory.path, layers=layers, trust_remote_code=self.trust), host=self.directory.path,
+                extract(self.model, layers=layers, trust_remote_code=self.trust), host=self.model,
                 data=self.texts.training[name], output=path, name=name, trust_remote_code=self.trust,
                 protocol=protocol, max_tokens=self.shares.run, **self._options,
             )  # fmt: skip
@@ -368,7 +369,7 @@ class _Asking:
         def make() -> ScanReport:
             log.info("positions: %s", title)
             return scan(
-                organ, self.directory.path, data=self.texts.held_out[domain], general=self.texts.elsewhere,
+                organ, self.model, data=self.texts.held_out[domain], general=self.texts.elsewhere,
                 modes="insert", positions=self.places.positions, prune="never", max_tokens=self.eval_tokens,
                 recover_tokens=recover, recover_data=None if recover is None else self.texts.training[domain],
                 sequence_length=self.sequence_length, batch_size=self._batch_size, trust_remote_code=self.trust,
@@ -376,14 +377,14 @@ class _Asking:
 
         return kept(self.folder, ScanReport, what, make)
 
-    def _compose(self, organs: Sequence[Organ], recipient: Path, title: str) -> CompositionReport:
+    def _compose(self, organs: Sequence[Organ], title: str) -> CompositionReport:
         def make() -> CompositionReport:
             log.info("measuring %s", title)
-            return self._measure(organs, recipient)
+            return self._measure(organs, self.model)
 
         return kept(self.folder, CompositionReport, self._what(*organs), make)
 
-    def _measure(self, organs: Sequence[Organ], recipient: Path) -> CompositionReport:
+    def _measure(self, organs: Sequence[Organ], recipient: str | Path) -> CompositionReport:
         return compose(
             organs, recipient, data=self.texts.held_out, general=self.texts.elsewhere, max_tokens=self.eval_tokens,
             sequence_length=self.sequence_length, batch_size=self._batch_size, trust_remote_code=self.trust,

@@ -163,7 +163,8 @@ def conditions(report: PaperReport) -> str:
         f"organ, sibling and measured run, {report.recovery_tokens:,} for each recovery at a position, in steps of "
         f"{options['batch_size']} x {options['sequence_length']}. The comparison and the last question ran with "
         f"{_count(len(report.seeds), 'seed')}, everything else once. All figures are of documents that nothing trained "
-        "on or was chosen by; intervals are 95 %, by bootstrap over documents."
+        "on or was chosen by. A recovery that made things worse on held-out text of its own is not kept, and shows as "
+        "none. Intervals are 95 %, by bootstrap over documents."
     )
 
 
