@@ -116,7 +116,9 @@ def test_retention_is_measured_against_the_start(hospital: Path, second: Organ, 
     assert report.deployed and report.gates[0].against == history(hospital).entries[0].version
 
 
-def test_arguments_that_do_not_go_together(hospital: Path, tmp_path: Path, organ: Organ, gates: Gates) -> None:
+def test_arguments_that_do_not_go_together(
+    hospital: Path, tmp_path: Path, organ: Organ, recipient: Path, gates: Gates
+) -> None:
     easy = gates(EASY)
     for arguments, sentence in (
         ({"organ": organ, "remove": "tiny", "gates": easy}, "either put in or taken out"),
@@ -136,9 +138,12 @@ def test_arguments_that_do_not_go_together(hospital: Path, tmp_path: Path, organ
     (tmp_path / "full").mkdir()
     (tmp_path / "full/letter.txt").write_text("x")
     with pytest.raises(DeploymentError, match=r"holds letter.txt, which is none of a deployment's"):
-        deploy(organ, to=tmp_path / "full", recipient=tmp_path, gates=easy)
+        deploy(organ, to=tmp_path / "full", recipient=recipient, gates=easy)
     with pytest.raises(DeploymentError, match="does not exist; create it first"):
-        deploy(organ, to=tmp_path / "no/such", recipient=tmp_path, gates=easy)
+        deploy(organ, to=tmp_path / "no/such", recipient=recipient, gates=easy)
+    with pytest.raises(UsageError, match="overlaps the input"):
+        deploy(to=recipient / "inside", recipient=recipient)
+    assert not (recipient / "inside").exists()
 
 
 def test_gates_are_read_before_anything_is_written(hospital: Path, tmp_path: Path, organ: Organ) -> None:

@@ -60,7 +60,7 @@ def test_the_audit_is_recorded_in_figures(case: Case) -> None:
     before = read_manifest(case.file)
     report = case.audit(case.file, record=True)
     after = read_manifest(case.file)
-    assert report.recorded and after.audits == [report.audit] and before.audits == []
+    assert report.recorded and not report.signatures_void and after.audits == [report.audit] and before.audits == []
     assert after.tensors_digest == before.tensors_digest
     text = case.file.read_bytes().decode("utf-8", "replace")
     for sentence in [*sentences(12, 0), *sentences(12, 1), *canaries.read_canaries(case.secret).included]:

@@ -278,6 +278,7 @@ def test_a_document_without_a_gradient_is_noticed(
     [
         ({"dp_epsilon": None, "dp_delta": 1e-3}, "dp_delta goes with dp_epsilon"),
         ({"dp_epsilon": 0.0}, "--dp-epsilon: .* greater than 0"),
+        ({"dp_epsilon": 1e9}, "--dp-epsilon: .* less than or equal to 100"),
         ({"vocabulary": "sampled"}, "a sampled vocabulary is that of the private text"),
         ({"patience": 3}, "takes all the steps that its noise was chosen for; leave patience out"),
         ({"held_out": 0.2}, "measures nothing on its own text; give evaluation data instead; leave held_out out"),

@@ -20,7 +20,7 @@ from neurograft.deployment.history import History
 from neurograft.deployment.measuring import judge, measure, needed, read_texts
 from neurograft.deployment.seals import check_files, seal_files
 from neurograft.errors import DeploymentError, UsageError
-from neurograft.files import atomic_directory
+from neurograft.files import atomic_directory, refuse_overlap
 from neurograft.manifest import RECORD_FILE, Mode, Operation
 from neurograft.model_files import plan_files, write_model
 from neurograft.models import resolve
@@ -95,7 +95,7 @@ def deploy(
         progress: Called with (tokens done, tokens in all) while texts are measured.
 
     Raises:
-        UsageError: The arguments don't go together.
+        UsageError: The arguments don't go together, or the folder lies in the recipient.
         GateError, DataError: The gates file or its data can't be used. Checked before anything is written.
         DeploymentBusyError: Another operator is deploying, and `wait` is false.
         DeploymentError: The folder holds no deployment, or another operator switched it meanwhile.
@@ -107,6 +107,8 @@ def deploy(
     texts = read_texts(read) if read is not None else {}
     opened = organ if isinstance(organ, Organ) or organ is None else open_organ(organ)
     folder = DeploymentFolder(Path(to))
+    if recipient is not None:
+        refuse_overlap(folder.path, [Path(recipient)])
     _check_folder(folder, recipient)
     with folder.deploying(wait=wait) as staging:
         with folder.switching():

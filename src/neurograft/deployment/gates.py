@@ -41,6 +41,12 @@ class PerplexityGate(_TextGate):
     against: Against = "current"
     """What `baseline` stands for: what is deployed now, or the model that the deployment started from."""
 
+    @model_validator(mode="after")
+    def _without_a_name(self) -> PerplexityGate:
+        if not self.limit.lstrip().startswith(("<", ">")):
+            raise ValueError(f"the limit is {self.limit!r}; write it without a name, such as <=0.98*baseline or <20")
+        return self
+
     def parsed(self, name: str) -> Gate:
         """Return the limit in the form that `evaluate` uses."""
         return parse_gate(f"{name}{self.limit}")
@@ -50,7 +56,7 @@ class RetentionGate(_TextGate):
     """How much of what the model knew in general may be lost."""
 
     metric: Literal["retention"]
-    tolerance: Annotated[float, Field(ge=0)] = 0.02
+    tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.02
     """By what share perplexity may rise; the whole interval of the ratio has to be below 1 + tolerance."""
     against: Against = "base"
     """The start, so that many small losses don't add up to a large one unseen."""

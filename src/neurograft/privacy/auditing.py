@@ -29,6 +29,7 @@ from neurograft.privacy import canaries as planted
 from neurograft.privacy import membership, verbatim
 from neurograft.privacy.scoring import ScoredDocument, score_documents
 from neurograft.steps import recommended_place
+from neurograft.trust.signature_files import signature_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,6 +51,8 @@ class AuditReport(BaseModel):
     tensors_digest: Digest
     audit: Audit
     recorded: bool
+    signatures_void: bool
+    """Whether there are signatures beside the organ's file, which are of the file as it was before."""
     """Whether the organ's manifest holds it."""
 
 
@@ -190,6 +193,7 @@ def audit(
         tensors_digest=organ.manifest.tensors_digest,
         audit=done,
         recorded=path is not None,
+        signatures_void=path is not None and signature_path(path).exists(),
     )
 
 

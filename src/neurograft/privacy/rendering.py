@@ -101,6 +101,8 @@ def audit(report: AuditReport) -> RenderableType:
             ("note", "the manifest's fingerprint is not that of these members; pass exactly what was trained on")
         )
     rows.append(("recorded", "in the organ's file, as figures" if report.recorded else "no (--record does)"))
+    if report.signatures_void:
+        rows.append(("signatures", "of the file as it was before: sign it anew with --overwrite"))
     return facts(f"audit of {report.organ} {report.version}", rows)
 
 

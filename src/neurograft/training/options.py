@@ -79,7 +79,7 @@ class TrainingOptions(BaseModel):
     strength: float = Field(default=1.0, gt=0, le=1)
     """Share of the way from the starting weights to the best trained ones that is kept. Less than 1 gives up some of
     the gain and keeps more of what the model could do before (weight-space ensembling, arXiv 2109.01903)."""
-    dp_epsilon: float | None = Field(default=None, gt=0)
+    dp_epsilon: float | None = Field(default=None, gt=0, le=100)
     """Train with differential privacy of whole documents, by noise that keeps to this epsilon; `docs/privacy.md` says
     what that promises. A document is one sequence, its gradient is cut to the norm `clip`, and steps draw documents at
     random, `batch_size` times `accumulate` on average. Needs the extra `dp`."""

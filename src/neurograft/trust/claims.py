@@ -143,7 +143,7 @@ def measure_claims(
         position=fit.position,
         tolerance=tolerance,
         claims=judged,
-        evaluation=report,
+        evaluation=report.model_copy(update={"model": f"{directory.name} with {opened.name}"}),
         holds=all(claim.verdict in ("holds", "not measured") for claim in judged),
     )
 
