@@ -129,7 +129,7 @@ def test_nothing_comes_back_for_what_was_inserted(organs: dict[str, Organ], reci
     record = read_record(tmp_path / "b")
     assert record is not None and record.operations[0].explant is None
     assert record.operations[0].replaced == [None, None] and len(record.layers) == LAYERS + 2
-    assert list((tmp_path / "b" / "explants").iterdir()) == []
+    assert not (tmp_path / "b" / "explants").exists()
     load(tmp_path / "b")
     remove(tmp_path / "b", output=tmp_path / "back")
     _assert_same_model(tmp_path / "back", recipient)

@@ -280,19 +280,18 @@ def alone_in(folder: Path) -> Iterator[None]:
     Raises:
         UsageError: Somebody does.
     """
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder / ".lock")
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
         raise UsageError(
             f"another run is at work in {folder}; wait until it is done, or give another folder."
         ) from error
     try:
         yield
     finally:
-        lock.release()
+        os.close(descriptor)
 
 
 def file_sha256(path: Path) -> str:

@@ -180,8 +180,6 @@ def test_how_long_to_train(donor: Path, organ: Organ, text: Path) -> None:
         ({"protocol": "sideways"}, "--protocol"),
         ({"stepps": 3}, "--stepps"),
         ({"at": 7}, "position 7 is out of range"),
-        ({"protocol": "standalone", "offload": True}, "a standalone one has none"),
-        ({"protocol": "standalone", "cache_prefix": "always"}, "a standalone one has none"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], reason: str, donor: Path, organ: Organ, text: Path) -> None:

@@ -122,9 +122,6 @@ class TrainingOptions(BaseModel):
             raise ValueError(f"{names} say when to stop, each in its own way; give one")
         if self.offload and self.cache_prefix == "never":
             raise ValueError("offload keeps on disk what enters the organ, and cache_prefix never forbids that")
-        if self.protocol == "standalone" and (self.offload or self.cache_prefix == "always"):
-            name = "offload" if self.offload else "cache_prefix always"
-            raise ValueError(f"{name} is about the layers below an organ, and a standalone one has none")
         if self.rank is not None and self.strength < 1:
             raise ValueError("strength mixes weights and rank trains factors of their changes; give one of them")
         return self
