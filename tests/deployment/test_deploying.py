@@ -111,7 +111,7 @@ def test_a_model_alone_can_be_the_start(tmp_path: Path, recipient: Path, organ: 
 def test_retention_is_measured_against_the_start(hospital: Path, second: Organ, tmp_path: Path) -> None:
     (tmp_path / "general.txt").write_text("\n\n".join(f"of all things {n}" for n in range(9)))
     path = tmp_path / "gates.yaml"
-    path.write_text("gates:\n  general: {metric: retention, data: general.txt, tolerance: 50}\n")
+    path.write_text("gates:\n  general: {metric: retention, data: general.txt, tolerance: 0.99}\n")
     report = deploy(second, to=hospital, gates=path)
     assert report.deployed and report.gates[0].against == history(hospital).entries[0].version
 

@@ -190,7 +190,7 @@ def test_an_interrupted_comparison_goes_on(
 
     monkeypatch.setattr(measuring, "measure", stopped)
     arguments: dict[str, Any] = {**SMALL, "data": text, "output": tmp_path / "out", "methods": "organ,full"}
-    with pytest.raises(KeyboardInterrupt, match="full, seed 0 of 0 to 0 was not finished; the same command goes on"):
+    with pytest.raises(KeyboardInterrupt, match="full, seed 0, run 1 of 1 was not finished; the same command goes on"):
         compare(donor, **arguments)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["runs"]
     compare(donor, **arguments)
