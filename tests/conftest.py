@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from deployments import write_gates
 from neurograft import deploy, extract
@@ -26,6 +27,12 @@ Factory = Callable[..., Path]
 OFFLINE = Path(__file__).parent / "offline"
 runpy.run_path(str(OFFLINE / "sitecustomize.py"))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(OFFLINE), os.environ.get("PYTHONPATH")]))
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    """Let no test draw numbers that depend on which tests ran before it in its process."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -62,10 +62,11 @@ def cache_directory() -> Path:
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neurograft"
     folder = Path(os.environ.get("NEUROGRAFT_CACHE") or default)
     for path in (folder, *folder.parents):
+        if not path.exists():
+            continue
         if path.is_dir():
             break
-        if path.exists():
-            raise UsageError(f"the cache can't lie in {folder}: {path} is a file; set NEUROGRAFT_CACHE to a folder.")
+        raise UsageError(f"the cache can't lie in {folder}: {path} is a file; set NEUROGRAFT_CACHE to a folder.")
     return folder
 
 
