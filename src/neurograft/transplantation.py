@@ -29,8 +29,8 @@ from neurograft.models import (
     resolve,
 )
 from neurograft.number_formats import converted
-from neurograft.organ import clean_name
-from neurograft.record import EXPLANT_FOLDER, combine_known, free_explant, make_record, unique_names
+from neurograft.organ import Organ, clean_name
+from neurograft.record import EXPLANT_FOLDER, combine_known, free_explant, make_record, read_record, unique_names
 from neurograft.several import (
     Modes,
     Organs,
@@ -131,6 +131,7 @@ def place_organs(
             organ, checkpoint, at=position, mode=chosen, look_for_match=False, trust_remote_code=trust_remote_code
         )
         refuse_blocked(report)
+        _say_if_there(organ, checkpoint)
         placements.append(Placement(organ, report.position, report.mode))
     refuse_collisions(placements, checkpoint.layer_count)
     placements = in_order(placements)
@@ -138,6 +139,15 @@ def place_organs(
         config = config_of(placements, checkpoint, trust_remote_code=trust_remote_code)
     assert config is not None
     return placements, config
+
+
+def _say_if_there(organ: Organ, checkpoint: Checkpoint) -> None:
+    record = read_record(checkpoint.directory.path)
+    operations = record.operations if record is not None else []
+    there = {each.position for each in operations if each.organ_file_digest == organ.manifest.file_digest}
+    if there:
+        places = ", ".join(map(str, sorted(there)))
+        log.warning("%s is in %s already, at position %s", organ.name, checkpoint.directory.name, places)
 
 
 def config_of(placements: Sequence[Placement], checkpoint: Checkpoint, *, trust_remote_code: bool) -> str:

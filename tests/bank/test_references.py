@@ -48,6 +48,10 @@ def test_references_are_taken_apart(text: str, root: str, name: str | None, sele
         ("oci://host/x:..", "neither a version nor a tag"),
         ("hf://org/re po", "no organ's name"),
         ("oci://host@1.2", "gives a version of no organ"),
+        ("bank:", "'' is no organ's name"),
+        ("bank:re po", "'re po' is no organ's name, perhaps with @VERSION"),
+        ("folder/bank:-x", "Write folder/bank:radiology, or folder/bank for the bank as a whole"),
+        ("s3://bucket/bank:ra!dio@1", "'ra!dio@1' is no organ's name"),
     ],
 )
 def test_what_is_no_reference_is_refused(text: str, sentence: str) -> None:
@@ -99,8 +103,6 @@ def test_what_is_absent_or_yanked_is_refused() -> None:
         assert choose(Reference("bank", "x", selector), VERSIONS, tags, allow_yanked=True) == "1.2.2"
     with pytest.raises(YankedError, match="every version"):
         choose(Reference("bank", "x"), {"1.0.0": "bad"}, {})
-    with pytest.raises(NotInBankError, match="bank has no organ x"):
-        choose(Reference("bank", "x", "1.0.0"), {}, {})
 
 
 def test_versions_are_semantic() -> None:

@@ -42,7 +42,7 @@ def test_paths_are_beside_the_file(tmp_path: Path) -> None:
         ("gates: {a: {task: x}}", "the gate a of .* has no metric; known are perplexity"),
         ("gates: {a: {metric: retention, dta: x}}", "the gate a of .* has the unknown key 'dta'; known are data,"),
         ("gates: {a: {metric: perplexity, data: x}}", "the gate a of .* lacks limit"),
-        ('gates: {a: {metric: perplexity, data: x, limit: "<~9"}}', "the gate 'a<~9' can't be read"),
+        ('gates: {a: {metric: perplexity, data: x, limit: "<~9"}}', "in .*gates.yaml, the gate 'a<~9' can't be read"),
         ('gates: {a: {metric: perplexity, data: x, limit: "b<=9"}}', "the limit is 'b<=9'; write it without a name"),
         ("gates: {a: {metric: retention, data: x, tolerance: 2}}", "a of .*: tolerance: .*less than 1"),
         ("gates: {a: {metric: retention, data: x, tolerance: -1}}", "a of .*: tolerance: .*greater than or equal"),

@@ -57,7 +57,9 @@ def test_a_local_task_is_answered_by_both_models(
 ) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     report = deploy(organ, to=hospital, gates=_gates(tasks, score="acc", questions=6), mode="insert")
-    assert capfd.readouterr().out == ""  # which --json needs for itself
+    printed = capfd.readouterr()
+    assert printed.out == ""  # which --json needs for itself
+    assert "loglikelihood" not in printed.err and "not a git" not in printed.err
     gate = report.gates[0]
     assert report.deployed and gate.items == 6 and gate.against == "0002-tiny"
     assert gate.better is not None and gate.worse is not None and gate.baseline is not None

@@ -270,7 +270,7 @@ def test_a_missing_key_trusts_nothing(organ_file: Path, trust: Trust, maker: Key
     sign(organ_file, key=maker.private)
     trust(RULES)
     maker.public.unlink()
-    with pytest.raises(TrustError, match=r"maker.pub is no public key in PEM"):
+    with pytest.raises(TrustError, match=r"the key .*maker.pub can't be read"):
         read_organ(organ_file)
 
 

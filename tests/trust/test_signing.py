@@ -103,7 +103,7 @@ def test_a_key_with_a_password(organ_file: Path, tmp_path: Path) -> None:
     keys = make_keys(tmp_path, "locked", password="open sesame")
     with pytest.raises(TrustError, match="has a password; set NEUROGRAFT_KEY_PASSWORD"):
         sign(organ_file, key=keys.private)
-    with pytest.raises(TrustError, match="its password is another one"):
+    with pytest.raises(TrustError, match=r"the password of the key .*locked.pem is another one"):
         sign(organ_file, key=keys.private, password="wrong")
     sign(organ_file, key=keys.private, password="open sesame")
     assert check(organ_file, Signer(key=keys.public)).passed
@@ -181,16 +181,40 @@ def test_certificates_of_others(organ_file: Path, tmp_path: Path, authority: Aut
     member, certificate = make_member(tmp_path, impostor, "radiology")
     sign(organ_file, key=member.private, certificate=certificate)
     found = check(organ_file, Signer(certificate=authority.certificate, subject="radiology"))
-    assert not found.passed and "says that it is from radiology and is not" in str(found.refusal)
+    assert not found.passed and "descends from none in" in str(found.refusal)
     found = check(organ_file, Signer(certificate=impostor.certificate, subject="cardiology"))
     assert not found.passed and "is not signed by cardiology" in str(found.refusal)
 
 
-def test_a_certificate_for_something_else(organ_file: Path, authority: Authority) -> None:
+def test_a_certificate_for_something_else(
+    organ_file: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
     member, certificate = make_member(organ_file.parent, authority, "server", signs=False)
-    sign(organ_file, key=member.private, certificate=certificate)
+    with pytest.raises(TrustError, match="is not for signing, so nobody would accept"):
+        sign(organ_file, key=member.private, certificate=certificate)
+    with monkeypatch.context() as patched:
+        patched.setattr("neurograft.trust.signing.may_sign", lambda _: True)
+        sign(organ_file, key=member.private, certificate=certificate)
     found = check(organ_file, Signer(certificate=authority.certificate, subject="server"))
-    assert not found.passed and "cannot be used for signing" in str(found.refusal)
+    assert not found.passed and "the certificate of server is not for signing" in str(found.refusal)
+
+
+def test_files_that_are_no_certificates(organ_file: Path, keys: Keys, authority: Authority) -> None:
+    member, certificate = make_member(organ_file.parent, authority, "radiology")
+    with pytest.raises(TrustError, match="holds no certificate in PEM"):
+        sign(organ_file, key=member.private, certificate=keys.public)
+    sign(organ_file, key=member.private, certificate=certificate)
+    for path, why in ((keys.public, "holds no certificate in PEM"), (organ_file.parent / "none.crt", "can't be read")):
+        with pytest.raises(TrustError, match=why):
+            check(organ_file, Signer(certificate=path, subject="radiology"))
+
+
+def test_a_certificate_whose_key_has_a_password(organ_file: Path, tmp_path: Path, authority: Authority) -> None:
+    keys = make_keys(tmp_path, "locked", password="open sesame")
+    _, certificate = make_member(tmp_path, authority, "radiology")
+    for password in (None, "open sesame"):
+        with pytest.raises((TrustError, UsageError), match="give a copy of the key without one"):
+            sign(organ_file, key=keys.private, certificate=certificate, password=password)
 
 
 def test_a_certificate_of_another_key(organ_file: Path, keys: Keys, authority: Authority) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from neurograft.bank.entries import BankedOrgan, BankedVersion, BankList, Changed, Versions
 from neurograft.bank.references import check_tag, parse_organ, parse_root
-from neurograft.bank.stores import open_store
+from neurograft.bank.stores import known_versions, open_store
 from neurograft.bank.versions import choose, in_order, newest
-from neurograft.errors import NotInBankError, UsageError
+from neurograft.errors import UsageError
 
 
 def list_organs(target: str | Path) -> BankList:
@@ -45,9 +45,7 @@ def versions(organ: str) -> Versions:
     """
     reference = parse_organ(organ)
     store, name = open_store(reference.root), str(reference.name)
-    known, tags = store.versions(name), store.tags(name)
-    if not known:
-        raise NotInBankError(f"{reference.root} has no organ {name}.")
+    known, tags = known_versions(store, name), store.tags(name)
     found = []
     for version in in_order(known):
         entry = store.entry(name, version)
@@ -79,8 +77,7 @@ def tag(organ: str, name: str) -> Changed:
     """
     reference, wanted = parse_organ(organ), check_tag(name)
     store, called = open_store(reference.root), str(reference.name)
-    known = store.versions(called)
-    version = choose(reference, known, store.tags(called) if known else {})
+    version = choose(reference, known_versions(store, called), store.tags(called))
     store.set_tag(called, wanted, version)
     return Changed(bank=reference.root, name=called, version=version, tag=wanted)
 
@@ -94,20 +91,22 @@ def yank(organ: str, *, reason: str = "no reason given", undo: bool = False) -> 
         undo: Whether the version shall be taken again instead.
 
     Raises:
-        UsageError: The reference does not say which version.
+        UsageError: The reference does not say which version, or what should be undone never was done.
         BankError: The bank can't be reached or refuses, or has no such version.
     """
     reference = parse_organ(organ)
     if reference.selector is None:
         raise UsageError(f"{organ} does not say which version to yank; write {organ}@VERSION.")
     store, called = open_store(reference.root), str(reference.name)
-    known = store.versions(called)
+    known = known_versions(store, called)
     if reference.selector not in known:
-        tags = store.tags(called) if known else {}
+        tags = store.tags(called)
         version = choose(reference, known, tags, allow_yanked=True)
         if reference.selector not in tags:
             raise UsageError(f"{reference.selector} is no whole version; write {replace(reference, selector=version)}.")
     else:
         version = reference.selector
+    if undo and known[version] is None:
+        raise UsageError(f"{replace(reference, selector=version)} is not yanked, so there is nothing to undo.")
     store.yank(called, version, None if undo else " ".join(reason.split()) or "no reason given")
     return Changed(bank=reference.root, name=called, version=version, yanked=None if undo else reason)

@@ -67,8 +67,23 @@ def parse(text: str | Path) -> Reference:
     match = _IN_FOLDER.fullmatch(text)
     # s3://bucket:radiology names an organ, http://host:8080 a port
     if match is None or (separator and "/" not in rest and match["name"].isdigit()):
+        _refuse_bad_name(text)
         return Reference(text)
     return Reference(match["root"], match["name"], match["selector"])
+
+
+def _refuse_bad_name(text: str) -> None:
+    """Refuse what was meant for an organ's name and is none, which would else become part of a folder's.
+
+    Raises:
+        UsageError: It is.
+    """
+    root, colon, name = text.rpartition(":")
+    if colon and not name.isdigit() and "/" not in name and not Path(text).exists():
+        raise UsageError(
+            f"{text}: {name!r} is no organ's name, perhaps with @VERSION; it has letters, digits, dots and dashes. "
+            f"Write {root}:radiology, or {root} for the bank as a whole."
+        )
 
 
 def parse_organ(text: str) -> Reference:

@@ -8,7 +8,7 @@ from neurograft.bank.downloads import fetch
 from neurograft.bank.entries import Entry
 from neurograft.bank.references import Reference, parse_organ
 from neurograft.bank.signatures import pull_signatures
-from neurograft.bank.stores import Store, open_store
+from neurograft.bank.stores import Store, known_versions, open_store
 from neurograft.bank.versions import choose
 
 
@@ -23,8 +23,8 @@ def find(reference: Reference, *, allow_yanked: bool = False) -> tuple[Store, En
         UsageError: There is no such kind of bank.
     """
     store, name = open_store(reference.root), str(reference.name)
-    versions = store.versions(name)
-    version = choose(reference, versions, store.tags(name) if versions else {}, allow_yanked=allow_yanked)
+    versions = known_versions(store, name)
+    version = choose(reference, versions, store.tags(name), allow_yanked=allow_yanked)
     return store, store.entry(name, version), versions[version]
 
 

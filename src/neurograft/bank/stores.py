@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Protocol
 
 from neurograft.bank.entries import Entry
-from neurograft.errors import NeurograftError
+from neurograft.errors import BankError, NeurograftError, NotInBankError
+
+_SHOWN = 8
 
 
 class Store(Protocol):
@@ -64,6 +66,23 @@ def open_store(root: str) -> Store:
     from neurograft.bank.folders import FolderStore
 
     return FolderStore(root)
+
+
+def known_versions(store: Store, name: str) -> dict[str, str | None]:
+    """Return the versions of an organ that must be there; see `Store.versions`.
+
+    Raises:
+        NotInBankError: There is no such organ; it says which there are, where the bank lists them.
+    """
+    if versions := store.versions(name):
+        return versions
+    try:
+        names = store.names()
+    except BankError:  # many registries list nothing
+        names = []
+    more = [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
+    instead = f"; it has {', '.join([*names[:_SHOWN], *more])}" if names else ""
+    raise NotInBankError(f"{store.root} has no organ {name}{instead}.")
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def choose(
 
     Args:
         reference: With the selector: a version, the beginning of one (`1`, `1.2`), a tag, or none, the newest release.
-        versions: Every version of the organ, with the reason if it was yanked, else `None`.
+        versions: Every version of the organ, at least one, with the reason if it was yanked, else `None`.
         tags: Tag -> version.
         allow_yanked: Whether a version that is named in full, or by a tag, may have been yanked.
 
@@ -87,8 +87,6 @@ def _absent(
     reference: Reference, versions: Mapping[str, str | None], tags: Mapping[str, str], good: list[str]
 ) -> NotInBankError | YankedError:
     where = f"{reference.root}:{reference.name}"
-    if not versions:
-        return NotInBankError(f"{reference.root} has no organ {reference.name}.")
     if not good:
         return YankedError(f"every version of {where} was yanked{_list(versions)}.")
     known = f"{_list(good)}{_list(tags)}"

@@ -61,6 +61,10 @@ class Screen:
             self._said = time.monotonic()
             self.err.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def note(self, text: str) -> None:
+        """Print what should be known of a result, to standard error."""
+        self.err.print(f"note: {text}.", markup=False, highlight=False, soft_wrap=True)
+
     def result(
         self, document: BaseModel | dict[str, Any], pretty: RenderableType | Callable[[], RenderableType]
     ) -> None:
@@ -83,14 +87,17 @@ class Screen:
 
 
 class _StatusHandler(logging.Handler):
-    """Show what neurograft is doing right now."""
+    """Show what neurograft is doing right now, and leave standing what one should know of it."""
 
     def __init__(self, screen: Screen) -> None:
         super().__init__(logging.INFO)
         self.screen = screen
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.screen.say(record.getMessage())
+        if record.levelno >= logging.WARNING:
+            self.screen.note(record.getMessage())
+        else:
+            self.screen.say(record.getMessage())
 
 
 @contextmanager

@@ -90,7 +90,7 @@ class DeploymentFolder:
                 f"{self.path} holds {sorted(others)[0]}, which is none of a deployment's; give an empty folder."
             )
         with explained_os_errors(self.path):
-            (self.path / VERSIONS).mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(exist_ok=True)
 
     def require(self) -> None:
         """Refuse a folder in which nothing was deployed.
@@ -219,6 +219,7 @@ class DeploymentFolder:
         """
         target = self.version(entry.version)
         with explained_os_errors(self.path):
+            target.parent.mkdir(exist_ok=True)
             os.symlink(f"{VERSIONS}/{entry.version}", self.path / _NEXT)
             fsync(self.path)
             if staged is not None:

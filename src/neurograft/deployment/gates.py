@@ -199,7 +199,10 @@ def _read_gate(path: Path, name: Hashable, value: Any) -> AnyGate:
     except ValidationError as error:
         raise GateError(_sentence(place, error, kind)) from error
     if isinstance(gate, PerplexityGate):
-        gate.parsed(name)
+        try:
+            gate.parsed(name)
+        except GateError as error:
+            raise GateError(f"in {path}, {error}") from error
     return gate
 
 

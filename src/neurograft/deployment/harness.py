@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,11 @@ from neurograft.errors import GateError
 
 if TYPE_CHECKING:
     from neurograft.evaluation import LoadedModel
+
+
+log = logging.getLogger("neurograft")
+
+_STDERR = 2
 
 
 def task_gates(gates: Gates) -> dict[str, TaskGate]:
@@ -81,6 +87,7 @@ def _answer(loaded: LoadedModel, gates: Gates, name: str, gate: TaskGate) -> Ans
     from lm_eval.models.huggingface import HFLM
 
     model, tokenizer = loaded
+    log.info("asking the questions of %s", gate.task)
     try:
         with _quiet():
             results = simple_evaluate(
@@ -135,11 +142,25 @@ def _higher_is_better(results: Mapping[str, Any], task: str, score: str) -> bool
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the harness from logging about each task it finds."""
+    """Keep the harness from logging about each task it finds, and its bars, which it and git draw, off files."""
     logger = logging.getLogger("lm_eval")
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with nullcontext() if os.isatty(_STDERR) else _silent():
+            yield
     finally:
         logger.setLevel(before)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Drop what this process and those that it starts write to standard error."""
+    kept = os.dup(_STDERR)
+    try:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stderr(nowhere):
+            os.dup2(nowhere.fileno(), _STDERR)
+            yield
+    finally:
+        os.dup2(kept, _STDERR)
+        os.close(kept)

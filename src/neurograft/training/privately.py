@@ -256,27 +256,30 @@ def find_noise(epsilon: float, delta: float, sample_rate: float, steps: int) -> 
         UsageError: No noise is enough.
     """
     for accountant in ("prv", "rdp"):
-        with quiet_import(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of logarithms of 0 that are masked, and of bounds that could be tighter
-            from opacus.accountants.utils import get_noise_multiplier
-
-            try:
-                noise = get_noise_multiplier(
-                    target_epsilon=epsilon,
-                    target_delta=delta,
-                    sample_rate=sample_rate,
-                    steps=steps,
-                    accountant=accountant,
-                    epsilon_tolerance=_TOLERANCE * epsilon,
-                )
-            except (RuntimeError, ValueError, ArithmeticError, MemoryError) as error:
-                log.info("the accountant %s can't tell (%s)", accountant, error)
-            else:
-                return float(noise), accountant
+        try:
+            return _noise_by(accountant, epsilon, delta, sample_rate, steps), accountant
+        except (RuntimeError, ValueError, ArithmeticError, MemoryError) as error:
+            log.info("the accountant %s can't tell (%s)", accountant, error)
     raise UsageError(
         f"no noise keeps {steps} steps to an epsilon of {epsilon:g} at a delta of {delta:g}; give a larger "
         "--dp-epsilon, or fewer steps."
     )
+
+
+def _noise_by(accountant: Accountant, epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
+    with quiet_import(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of logarithms of 0 that are masked, and of bounds that could be tighter
+        from opacus.accountants.utils import get_noise_multiplier
+
+        noise = get_noise_multiplier(
+            target_epsilon=epsilon,
+            target_delta=delta,
+            sample_rate=sample_rate,
+            steps=steps,
+            accountant=accountant,
+            epsilon_tolerance=_TOLERANCE * epsilon,
+        )
+    return float(noise)
 
 
 def spent_epsilon(accountant: Accountant, noise: float, sample_rate: float, steps: int, delta: float) -> float:

@@ -95,12 +95,14 @@ def is_of(signature: Signature, signer: Signer) -> bool:
     """Whether a signature says that it is this signer's, which proves nothing.
 
     Raises:
-        TrustError: The signer's key can't be read.
+        TrustError: The signer's key, or the certificates that theirs descends from, can't be read.
     """
     if signature.kind != signer.kind:
         return False
     if signer.key is not None:
         return signature.key_hint == key_hint(signer.key)
+    if signer.certificate is not None:
+        load_certificates(signer.certificate)
     return (signer.subject or signer.identity) in names_of(signature.certificate)
 
 
@@ -117,10 +119,10 @@ def key_hint(path: Path) -> str:
 
     try:
         key = serialization.load_pem_public_key(read_bounded(path))
-    except (OSError, ValueError, UnsupportedAlgorithm) as error:
-        raise TrustError(
-            f"{path} is no public key in PEM ({first_line(error)}); make one with: openssl ec -in KEY -pubout."
-        ) from error
+    except OSError as error:
+        raise TrustError(f"the key {path} can't be read: {first_line(error)}.") from error
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise TrustError(f"{path} is no public key in PEM; make one with: openssl ec -in KEY -pubout.") from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name not in CURVES:
         raise TrustError(
             f"the key {path} is not on one of the curves {', '.join(CURVES)}, with which organs are signed."
@@ -189,6 +191,11 @@ def check_signature(organ: OrganBytes, signature: Signature, signer: Signer) -> 
     with _failing(organ.path, signer), tempfile.TemporaryDirectory() as folder:
         if signer.certificate is not None:
             _refuse_expired(signature, signer.certificate, str(signer))
+            if not may_sign(signature.certificate):
+                raise TrustError(
+                    f"the certificate of {signer} is not for signing (its key usage lacks digitalSignature, its "
+                    "extended key usage codeSigning); ask for a signature with one that is."
+                )
         bundle = Path(folder) / "bundle"
         bundle.write_text(signature.text, encoding="utf-8")
         _verifier(signer).set_hashing_config(organ.hashing()).verify(organ.path, bundle)
@@ -219,6 +226,11 @@ def _failing(path: Path, signer: Signer) -> Iterator[None]:
                 f"{path} was altered after {signer} signed it: its bytes are not those that were signed; get it anew, "
                 "or have it signed again."
             ) from error
+        if signer.certificate is not None and type(error).__name__ == "X509StoreContextError":
+            raise TrustError(
+                f"the certificate of {signer} that {path} is signed with descends from none in {signer.certificate} "
+                f"({first_line(error)}); give the root that theirs descends from, or ask whose it is."
+            ) from error
         raise TrustError(
             f"a signature of {path} says that it is from {signer} and is not ({first_line(error)}); get the organ and "
             "its .sig anew from whom they come."
@@ -248,18 +260,45 @@ def _refuse_expired(signature: Signature, roots: Path, signer: str) -> None:
 
     model-signing looks at the day on which the signer's certificate began, since nothing proves when it was signed.
     """
-    from cryptography import x509
-
-    try:
-        known = x509.load_pem_x509_certificates(read_bounded(roots))
-    except (OSError, ValueError) as error:
-        raise TrustError(f"{roots} holds no certificates in PEM: {first_line(error)}.") from error
-    chain = signature.chain
+    known, chain = load_certificates(roots), signature.chain
     issuers = {certificate.issuer for certificate in chain}
     for certificate in [*chain, *(root for root in known if root.subject in issuers)]:
         refuse_outside_validity(
             certificate, f"what {signer} signed with it no longer counts; ask for a signature with a new one"
         )
+
+
+def load_certificates(path: Path) -> list[Certificate]:
+    """Read certificates in PEM.
+
+    Raises:
+        TrustError: There is none in the file, or one can't be read.
+    """
+    from cryptography import x509
+
+    try:
+        return x509.load_pem_x509_certificates(read_bounded(path))
+    except OSError as error:
+        raise TrustError(f"the certificates {path} can't be read: {first_line(error)}.") from error
+    except ValueError as error:  # whose text is about files of Python's
+        raise TrustError(f"{path} holds no certificate in PEM, or one that is damaged; give another file.") from error
+
+
+def may_sign(certificate: Certificate) -> bool:
+    """Whether a certificate says of its key that it may sign, which is what model-signing asks of it later."""
+    from cryptography import x509
+
+    extensions = certificate.extensions
+    try:
+        if extensions.get_extension_for_class(x509.KeyUsage).value.digital_signature:
+            return True
+    except x509.ExtensionNotFound:
+        pass
+    try:
+        usages = extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    except x509.ExtensionNotFound:
+        return False
+    return x509.oid.ExtendedKeyUsageOID.CODE_SIGNING in usages
 
 
 def refuse_outside_validity(certificate: Certificate, consequence: str) -> None:

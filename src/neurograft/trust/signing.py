@@ -23,8 +23,16 @@ from neurograft.trust.signature_files import (
 from neurograft.trust.signers import (
     CURVES,
     OrganBytes,
+    load_certificates,
+    may_sign,
     reaching_sigstore,
     refuse_outside_validity,
+)
+
+_PASSWORD_MISSING = "the key {key} has a password; set NEUROGRAFT_KEY_PASSWORD."
+_PASSWORD_AND_CERTIFICATE = (
+    "the key {key} has a password, and model-signing takes none beside a certificate; give a copy of the key without "
+    "one, made with: openssl ec -in {key} -out COPY, and unset NEUROGRAFT_KEY_PASSWORD."
 )
 
 
@@ -81,7 +89,7 @@ def sign(
     if chain and certificate is None:
         raise UsageError("a chain of certificates ends in the key's own; give that as well (--certificate).")
     if certificate is not None and password is not None:
-        raise UsageError("model-signing takes no password for a key with a certificate; take the key's off first.")
+        raise UsageError(_PASSWORD_AND_CERTIFICATE.format(key=key))
     if identity_token is not None and key is not None:
         raise UsageError("an identity token is for Sigstore, which needs no key; give one of the two.")
     require_library()
@@ -139,9 +147,15 @@ def _by_key(organ: OrganBytes, key: Path, password: str | None) -> Signature:
 def _by_certificate(organ: OrganBytes, key: Path, certificate: Path, chain: Sequence[Path]) -> Signature:
     from model_signing import signing
 
-    _check_key(key, None)
+    _check_key(key, None, locked=_PASSWORD_AND_CERTIFICATE)
     for path in [certificate, *chain]:
-        _check_certificates(path)
+        for each in load_certificates(path):
+            refuse_outside_validity(each, "nothing can be signed with it")
+    if not may_sign(load_certificates(certificate)[0]):
+        raise TrustError(
+            f"the certificate {certificate} is not for signing, so nobody would accept what is signed with it; ask for "
+            "one whose key usage has digitalSignature."
+        )
     above = chain or [certificate]  # model-signing reads no empty chain; who stands there twice is passed over
     try:
         config = signing.Config().use_certificate_signer(
@@ -160,7 +174,7 @@ def _by_sigstore(organ: OrganBytes, identity_token: str | None) -> Signature:
         return _sign(config, organ)
 
 
-def _check_key(path: Path, password: str | None) -> None:
+def _check_key(path: Path, password: str | None, *, locked: str = _PASSWORD_MISSING) -> None:
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -170,26 +184,14 @@ def _check_key(path: Path, password: str | None) -> None:
     except OSError as error:
         raise TrustError(f"the key {path} can't be read: {error.strerror or error}.") from error
     except TypeError as error:  # cryptography's word for a password that is missing, or one too many
-        raise TrustError(
-            f"the key {path} has {'a password; set NEUROGRAFT_KEY_PASSWORD' if password is None else 'no password'}."
-        ) from error
+        raise TrustError(locked.format(key=path) if password is None else f"the key {path} has no password.") from error
     except (ValueError, UnsupportedAlgorithm) as error:
+        if password is not None and "password" in str(error).lower():
+            raise TrustError(f"the password of the key {path} is another one.") from error
         raise TrustError(
-            f"{path} is no private key in PEM, or its password is another one ({first_line(error)}); make a key with: "
-            "openssl ecparam -name prime256v1 -genkey -noout -out KEY."
+            f"{path} is no private key in PEM; make one with: openssl ecparam -name prime256v1 -genkey -noout -out KEY."
         ) from error
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name not in CURVES:
         raise TrustError(
             f"the key {path} is not on one of the curves {', '.join(CURVES)}, which organs are signed with."
         )
-
-
-def _check_certificates(path: Path) -> None:
-    from cryptography import x509
-
-    try:
-        certificates = x509.load_pem_x509_certificates(read_bounded(path))
-    except (OSError, ValueError) as error:
-        raise TrustError(f"{path} holds no certificate in PEM: {first_line(error)}.") from error
-    for certificate in certificates:
-        refuse_outside_validity(certificate, "nothing can be signed with it")
