@@ -228,16 +228,14 @@ def _proposal(start: int, stop: int, gradient: float) -> Proposal:
     )  # fmt: skip
 
 
-def test_the_shortlist_has_one_range_of_each_length() -> None:
-    possible = [_proposal(0, 1, 2), _proposal(1, 2, 5), _proposal(0, 2, 7), _proposal(2, 4, 6), _proposal(0, 3, 1)]
-    assert [proposal.layers for proposal in shortlist(possible, 3, 9)] == ["0:2", "1:2", "0:3"]
-    assert len(shortlist(possible, 9, 9)) == 3
-
-
-def test_the_papers_choice_and_the_middle_are_tried_first() -> None:
-    possible = [_proposal(s, s + n, 10.0 - s) for s in range(12) for n in (1, 3, 5) if s + n <= 12]
-    found = [proposal.layers for proposal in shortlist(possible, 6, 12)]
-    assert found == ["4:7", "4:9", "6:11", "0:1", "0:3", "0:5"]
+def test_the_shortlist_is_spread_over_what_the_budget_allows() -> None:
+    possible = [_proposal(s, s + n, 10.0 * n - s) for s in range(12) for n in (1, 3, 5) if s + n <= 12]
+    found = [proposal.layers for proposal in shortlist(possible, 9, 12)]
+    assert found[:6] == ["4:7", "4:9", "3:8", "6:11", "2:7", "0:5"]  # the paper's, four starts, the largest gradient
+    assert len(found) == len(set(found)) == 9
+    everything = {proposal.layers for proposal in shortlist(possible, 99, 12)}
+    assert everything == {"4:7", *(f"{s}:{s + (5 if s <= 7 else 3 if s <= 9 else 1)}" for s in range(12))}
+    assert [proposal.layers for proposal in shortlist([_proposal(11, 12, 1)], 6, 12)] == ["11:12"]
 
 
 class TestRefusals:

@@ -59,7 +59,7 @@ def plan(
         typer.Option(
             "--trial-tokens",
             min=1,
-            help="Training tokens of each at first [default: a thirty-second of the tokens].",
+            help="Training tokens of each at first [default: a 32nd of the tokens, but 4,096 or at least an eighth].",
         ),
     ] = None,
     output: Annotated[

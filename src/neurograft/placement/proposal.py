@@ -40,8 +40,8 @@ Paths = str | Path | Sequence[str | Path]
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _AMOUNT = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]?)b?\s*$", re.IGNORECASE)
 _LIMITS = ("tokens", "seconds", "memory", "bytes")
-_COUNTS = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
-_TRIAL_SHARE = 32
+# Of the training: of a long one a small share tells candidates apart, and no candidate shows much in a few steps.
+_TRIAL_SHARE, _LARGEST_TRIAL_SHARE, _TRIAL_TOKENS = 32, 8, 4096
 _REST_OF_MANIFEST = 8_000  # bytes
 
 
@@ -68,9 +68,9 @@ def plan(
     """Propose layers, how many, mode and protocol for a new organ, and predict what training it costs.
 
     A few real steps at both ends of the model tell what every range of layers costs. Of the ranges that the budget
-    allows, the paper's, some in the middle and those with the largest gradients on the text are trained for a short
-    while; the better half of them again, from the start, for twice as long, and so on until two are left. The one that
-    then learns most is proposed.
+    allows, the paper's, the longest from some starts all over the model and the one with the largest gradients on the
+    text are trained for a short while; the better half of them again, from the start, for twice as long, and so on
+    until two are left. The one that then learns most is proposed.
 
     Args:
         model: The host: a local transformers directory, a `.gguf` file or a Hub id.
@@ -80,7 +80,8 @@ def plan(
             M or G.
         eval_data: Held-out text; left out, a share of the documents of `data` is kept for it.
         trials: How many ranges are tried.
-        trial_tokens: Tokens that each is trained on in the first round; left out, a thirty-second of the tokens.
+        trial_tokens: Tokens that each is trained on in the first round; left out, a thirty-second of the tokens, but at
+            least 4,096, or of a short training an eighth.
         output: File to write the report to, as JSON.
         text_column: Column that holds the text, in tables.
         document_separator: What separates documents in `.txt` files, instead of blank lines.
@@ -200,7 +201,7 @@ class _Case:
         paper = self._proposal(measured, gradients, paper_range, inserted=False)
         possible = [
             proposal
-            for count in [*(count for count in _COUNTS if count < len(self.layers)), len(self.layers)]
+            for count in range(1, len(self.layers) + 1)
             for start in range(len(self.layers) - count + 1)
             if self._fits(proposal := self._proposal(measured, gradients, range(start, start + count), inserted=False))
         ]
@@ -214,7 +215,7 @@ class _Case:
                 f"{human_bytes(cheapest.cost.bytes)}."
             )
         tokens = self.batches.steps * self.batches.step_size * self.batches.training.input_ids.shape[1]
-        few = trial_tokens or max(tokens // _TRIAL_SHARE, 1)
+        few = trial_tokens or max(tokens // _TRIAL_SHARE, min(tokens // _LARGEST_TRIAL_SHARE, _TRIAL_TOKENS), 1)
         trying = Trials(
             self.model, self.directory, self.batches, self.options, trust_remote_code=self.trust_remote_code,
             say=self._say,

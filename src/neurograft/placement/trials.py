@@ -14,6 +14,7 @@ from neurograft.errors import ModelError
 from neurograft.extraction import extract, parse_layers
 from neurograft.identity import as_identity
 from neurograft.models import ModelDirectory
+from neurograft.placement.candidates import Candidate, spread_out
 from neurograft.placement.costs import restored
 from neurograft.placement.plan_results import Proposal
 from neurograft.surgery import attach, detach
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("neurograft")
 
 _FINALISTS = 2
+_FIRST_STARTS = (1 / 3, 1 / 4, 1 / 2, 1 / 6)
 # Identities are found by trying each tensor, which takes too long for more layers.
 _INSERTED_AT_MOST = 6
 
@@ -34,25 +36,28 @@ _INSERTED_AT_MOST = 6
 def shortlist(possible: Sequence[Proposal], trials: int, layer_count: int) -> list[Proposal]:
     """Choose what to try.
 
-    Gradients are largest at the two ends of a model, and a late organ costs least, so by them alone the middle, where
-    organs often learn most, would never be tried. So the paper's choice comes first, then the longest ranges from a
-    third and from half of the layers on, and then, of each number of layers, the range with the largest gradients.
+    A budget leaves a few layers early in the model, or more of them later, and which learns more depends on the text:
+    so the longest range is taken from each of some starts, spread over the model. Gradients are largest at its two
+    ends, where organs learn least, and so they name only one.
 
     Args:
         possible: All that keep to the budget.
         trials: How many are chosen at most.
         layer_count: L.
+
+    Returns:
+        The paper's choice if it is possible; the longest ranges from L/3, L/4, L/2 and L/6 on; the one with the
+        largest gradients; and the longest from the starts in between.
     """
     auto = parse_layers("auto", layer_count)
+    longest: dict[int, Proposal] = {}
+    for proposal in sorted(possible, key=lambda proposal: proposal.count):
+        longest[proposal.position] = proposal
+    starts = list(dict.fromkeys(round(layer_count * share) for share in _FIRST_STARTS))
     chosen = [proposal for proposal in possible if proposal.layers == f"{auto.start}:{auto.stop}"]
-    for start in (layer_count // 3, layer_count // 2):
-        chosen += sorted((p for p in possible if p.position == start), key=lambda p: -p.count)[:1]
-    best: dict[int, Proposal] = {}
-    for proposal in possible:
-        known = best.get(proposal.count)
-        if known is None or proposal.gradient > known.gradient:
-            best[proposal.count] = proposal
-    chosen += sorted(best.values(), key=lambda proposal: -proposal.gradient)
+    chosen += [longest[start] for start in starts if start in longest]
+    chosen += sorted(possible, key=lambda proposal: -proposal.gradient)[:1]
+    chosen += [longest[place.position] for place in spread_out([Candidate(start, "replace") for start in longest])]
     return list({proposal.layers: proposal for proposal in chosen}.values())[:trials]
 
 
