@@ -58,7 +58,7 @@ def privacy_line(manifest: Manifest) -> str | None:
         return None
     others = [training for training in manifest.training_history if training.privacy is None]
     return (
-        f"epsilon {spent.epsilon:.2f} at delta {spent.delta:.2g} for each of {spent.units:,} {spent.unit}s: noise "
+        f"epsilon {spent.epsilon:.3g} at delta {spent.delta:.2g} for each of {spent.units:,} {spent.unit}s: noise "
         f"{spent.noise_multiplier:.3g} x clip {spent.clip:g}, {spent.steps} steps of {spent.sample_rate:.2%} of them "
         f"({spent.accountant.upper()} accountant)"
         f"{f'; {len(others)} of the trainings before it had no such promise' if others else ''}"
