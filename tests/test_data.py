@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from neurograft.data import fingerprint, pack, read_documents, separator_token, split_documents, tokenize_documents
 from neurograft.errors import DataError
+from tiny import make_tokenizer
 
 
 def _write(path: Path, content: bytes | str) -> Path:
@@ -146,6 +147,15 @@ def test_packing_keeps_every_token_and_every_boundary(documents: list[list[int]]
 def test_tokens(tokenizer: Any) -> None:
     assert tokenize_documents(["ab", "c"], tokenizer) == [[2, 3], [4]]
     assert tokenize_documents([], tokenizer) == []
+
+
+def test_text_that_the_tokenizer_does_not_know(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = make_tokenizer("abc")
+    with pytest.raises(DataError, match="knows nothing of the text: each of its 5 tokens is <unk>"):
+        tokenize_documents(["xyz", "zz"], tokenizer)
+    assert tokenize_documents(["abzz"], tokenizer) == [[2, 3, 0, 0]] and not caplog.records
+    tokenize_documents(["azz"], tokenizer)
+    assert caplog.messages == ["67 % of the text's tokens are unknown to the tokenizer"]
     assert separator_token(tokenizer) == tokenizer.eos_token_id
     tokenizer_without = type("None", (), {})()
     with pytest.raises(DataError, match="no end-of-text token"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from neurograft.errors import DataError, first_line
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger("neurograft")
 
 IGNORED_LABEL = -100  # the label that torch's and transformers' losses pass over
 
@@ -252,7 +255,7 @@ def tokenize_documents(documents: Sequence[str], tokenizer: PreTrainedTokenizerB
     """Return the token ids of each document, without special tokens.
 
     Raises:
-        DataError: The tokenizer has no tokens for something in them.
+        DataError: The tokenizer has no tokens for something in them, or knows nothing of all of it.
     """
     if not documents:
         return []
@@ -260,7 +263,22 @@ def tokenize_documents(documents: Sequence[str], tokenizer: PreTrainedTokenizerB
         encoded = tokenizer(list(documents), add_special_tokens=False, verbose=False, return_attention_mask=False)
     except Exception as error:  # tokenizers raise nothing more special where a word has no token
         raise DataError(f"the tokenizer can't encode the text: {error}.") from error
-    return [list(ids) for ids in encoded["input_ids"]]
+    tokens = [list(ids) for ids in encoded["input_ids"]]
+    _judge_unknown(tokens, tokenizer)
+    return tokens
+
+
+def _judge_unknown(tokens: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse text of which nothing is known, on which every figure would be about one token; say if it is the half."""
+    total = sum(map(len, tokens))
+    unknown = sum(ids.count(tokenizer.unk_token_id) for ids in tokens) if tokenizer.unk_token_id is not None else 0
+    if total and unknown == total:
+        raise DataError(
+            f"the tokenizer knows nothing of the text: each of its {total:,} tokens is {tokenizer.unk_token}; is it "
+            "the tokenizer of this model, and text of a language and script that the model knows?"
+        )
+    if 2 * unknown > total:
+        log.warning("%.0f %% of the text's tokens are unknown to the tokenizer", 100 * unknown / total)
 
 
 def separator_token(tokenizer: PreTrainedTokenizerBase) -> int:
