@@ -40,8 +40,8 @@ RESULT = Path(__file__).parent / "results" / "plan.json"
 DOMAINS = ("clinical", "dictionary")
 CHOICES = {"plan": "best", "paper": "paper"}
 TOKENS = 24_576
-OPTIONS: dict[str, Any] = {"sequence_length": 128, "batch_size": 2, "eval_tokens": 2048, "evaluations": 2}
-HELD_OUT, TEST = 60, 120  # documents
+OPTIONS: dict[str, Any] = {"sequence_length": 128, "batch_size": 2, "eval_tokens": 3072, "evaluations": 2}
+HELD_OUT, TEST = 120, 120  # documents
 SLACK = 1.1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shlex
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from neurograft.arithmetic import Arithmetic
 from neurograft.cli import app
 from neurograft.data import pack
 from neurograft.errors import UsageError
+from neurograft.evaluation import document_losses
 from neurograft.models import resolve
 from neurograft.placement.costs import Measured, _Probe, measure, predict
 from neurograft.placement.plan_results import PlanReport, Proposal
@@ -162,7 +164,17 @@ def test_the_better_half_of_the_candidates_trains_again_for_twice_as_long(model_
     options, batches = TrainingOptions(**OPTIONS), _batches(40)
     candidates = [_proposal(start, start + 1, 0) for start in range(LAYERS)]
     directory, said = resolve(model_directory("llama")), list[str]()
-    trials = Trials(model, directory, batches, options, trust_remote_code=False, say=said.append)
+    documents = [list(range(2, 20)), list(range(5, 40))]
+
+    def trials_on(batches: Batches) -> Trials:
+        return Trials(
+            model, directory, batches, options, documents=documents, separator_id=1, trust_remote_code=False,
+            say=said.append,
+        )  # fmt: skip
+
+    trials = trials_on(batches)
+    losses = document_losses(model, documents, sequence_length=512, batch_size=2, separator_id=1)
+    assert trials.untrained == pytest.approx(math.exp(sum(x for x, _ in losses) / sum(n for _, n in losses)))
 
     def insertion(layers: range) -> Proposal:
         proposal = _proposal(layers.start, layers.stop, 0)
@@ -175,8 +187,7 @@ def test_the_better_half_of_the_candidates_trains_again_for_twice_as_long(model_
     assert sum("inserted" in line for line in said) >= 1
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     # With little to train on in all, one round must do.
-    short = Trials(model, directory, _batches(7), options, trust_remote_code=False, say=said.append)
-    assert {p.trial_tokens for p in short.run(candidates, 2 * 64, lambda _: None)} == {2 * 64}
+    assert {p.trial_tokens for p in trials_on(_batches(7)).run(candidates, 2 * 64, lambda _: None)} == {2 * 64}
 
 
 def test_the_plan_keeps_to_its_budget_and_its_commands_run(recipient: Path, text: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from neurograft.anatomy import describe
-from neurograft.data import paths_of
+from neurograft.data import paths_of, separator_token
 from neurograft.errors import UsageError
 from neurograft.extraction import parse_layers
 from neurograft.files import atomic_file, check_output_file, human_bytes
@@ -25,7 +25,7 @@ from neurograft.placement.plan_results import PlanReport, Proposal
 from neurograft.placement.signals import layer_signals, logit_lens
 from neurograft.placement.trials import Trials, shortlist
 from neurograft.sketch import SKIPPED, WIDTH, WINDOWS, window_of
-from neurograft.training.loop import Batches, Trainee, TrainingRun
+from neurograft.training.loop import Batches, Trainee, TrainingRun, sample_tokens
 from neurograft.training.options import TrainingOptions, fit_to_model, parse_options
 from neurograft.training.protocols import read_texts
 from neurograft.training.search import DECIDED_BY_PLAN
@@ -114,7 +114,10 @@ def plan(
     log.info("loading %s", directory.name)
     loaded = load_model(directory, dtype=torch.float32, trust_remote_code=trust_remote_code)
     torch.nn.Module.to(loaded, torch.accelerator.current_accelerator() or torch.device("cpu"))
-    case = _Case(loaded, directory, batches, chosen, limits, trust_remote_code, progress)
+    held_out = sample_tokens(texts.held_out, tokenizer, chosen.eval_tokens)
+    case = _Case(
+        loaded, directory, batches, held_out, separator_token(tokenizer), chosen, limits, trust_remote_code, progress
+    )
     report = case.plan(str(model), trials, trial_tokens)
     if output is not None:
         with atomic_file(Path(output), overwrite=overwrite) as temporary:
@@ -167,6 +170,9 @@ class _Case:
     model: PreTrainedModel
     directory: ModelDirectory
     batches: Batches
+    documents: list[list[int]]
+    """Held-out ones, as tokens."""
+    separator_id: int
     options: TrainingOptions
     limits: dict[str, float]
     trust_remote_code: bool
@@ -217,8 +223,8 @@ class _Case:
         tokens = self.batches.steps * self.batches.step_size * self.batches.training.input_ids.shape[1]
         few = trial_tokens or max(tokens // _TRIAL_SHARE, min(tokens // _LARGEST_TRIAL_SHARE, _TRIAL_TOKENS), 1)
         trying = Trials(
-            self.model, self.directory, self.batches, self.options, trust_remote_code=self.trust_remote_code,
-            say=self._say,
+            self.model, self.directory, self.batches, self.options, documents=self.documents,
+            separator_id=self.separator_id, trust_remote_code=self.trust_remote_code, say=self._say,
         )  # fmt: skip
 
         def insertion(layers: range) -> Proposal | None:

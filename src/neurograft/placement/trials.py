@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from neurograft.anatomy import describe
 from neurograft.errors import ModelError
+from neurograft.evaluation import DEFAULT_LENGTH, document_losses
 from neurograft.extraction import extract, parse_layers
 from neurograft.identity import as_identity
-from neurograft.models import ModelDirectory
+from neurograft.models import ModelDirectory, fit_sequence_length
 from neurograft.placement.candidates import Candidate, spread_out
 from neurograft.placement.costs import restored
 from neurograft.placement.plan_results import Proposal
@@ -61,6 +62,26 @@ def shortlist(possible: Sequence[Proposal], trials: int, layer_count: int) -> li
     return list({proposal.layers: proposal for proposal in chosen}.values())[:trials]
 
 
+class _TrialRun(TrainingRun):
+    """A short training that is measured as `evaluate` and `scan` measure, by documents that are read from their start.
+
+    Attributes:
+        ask: Returns the held-out loss of the model as it is, in nats per token.
+        untrained: What that was before anything trained, which is the same for every candidate.
+    """
+
+    ask: Callable[[], float]
+    untrained: float
+
+    def held_out_loss(self) -> float:
+        """See `TrainingRun`."""
+        return self.ask() if self.state.step else self.untrained
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700))
+
+
 class Trials:
     """Trains candidates from their start for a short while, the better half of them for twice as long, and so on.
 
@@ -68,6 +89,8 @@ class Trials:
         model: The host; it is afterwards as it was.
         directory: Where it is from.
         batches: The text, as the whole training will see it.
+        documents: Token ids of the held-out documents that tell candidates apart, each read from its own start.
+        separator_id: What stands between documents.
         options: How the whole training will be done.
         trust_remote_code: See `neurograft.models.resolve`.
         say: Called with what is being done.
@@ -75,15 +98,30 @@ class Trials:
 
     def __init__(
         self, model: PreTrainedModel, directory: ModelDirectory, batches: Batches, options: TrainingOptions, *,
-        trust_remote_code: bool, say: Callable[[str], None],
+        documents: Sequence[Sequence[int]], separator_id: int, trust_remote_code: bool, say: Callable[[str], None],
     ) -> None:  # fmt: skip
         self._model, self._directory, self._batches = model, directory, batches
+        self._documents, self._separator_id = documents, separator_id
         self._trust, self._say = trust_remote_code, say
         self._layers: list[nn.Module] = list(model.get_submodule(describe(model).layers_path).children())
         self._step = batches.step_size * batches.training.input_ids.shape[1]
         self._options = options.model_copy(update={"evaluations": 1, "patience": 2, "strength": 1.0})
-        self.untrained = math.nan
+        self._untrained = self._held_out_loss()
+
+    @property
+    def untrained(self) -> float:
         """Held-out perplexity of the model as it is."""
+        return _perplexity(self._untrained)
+
+    def _held_out_loss(self) -> float:
+        """Return the loss on the held-out documents, in nats per token."""
+        length = fit_sequence_length(None, DEFAULT_LENGTH, self._model.config, self._directory.name)
+        scores = document_losses(
+            self._model, self._documents, sequence_length=length, batch_size=self._batches.batch_size,
+            separator_id=self._separator_id,
+        )  # fmt: skip
+        losses, counts = zip(*scores, strict=True)
+        return math.fsum(losses) / max(sum(counts), 1)
 
     def run(
         self, candidates: Sequence[Proposal], tokens: int, insertion: Callable[[range], Proposal | None]
@@ -112,13 +150,12 @@ class Trials:
         how = "inserted as identities" if proposal.protocol == "insert" else "in place"
         self._say(f"trying layers {proposal.layers} {how}, {batches.steps * self._step:,} tokens")
         with self._in_the_model(proposal) as layers:
-            run = TrainingRun(self._model, Trainee.of_layers(layers, proposal.position), batches, self._options)
+            run = _TrialRun(self._model, Trainee.of_layers(layers, proposal.position), batches, self._options)
+            run.ask, run.untrained = self._held_out_loss, self._untrained
             run.train()
         self._model.requires_grad_(False)
-        losses = [min(loss, 700) for _, loss in run.state.held_out]
-        self.untrained = math.exp(losses[0])
-        reached = {"trial": math.exp(losses[run.state.best]), "trial_tokens": batches.steps * self._step}
-        return proposal.model_copy(update=reached)
+        reached = min(loss for _, loss in run.state.held_out)
+        return proposal.model_copy(update={"trial": _perplexity(reached), "trial_tokens": batches.steps * self._step})
 
     @contextmanager
     def _in_the_model(self, proposal: Proposal) -> Iterator[Sequence[nn.Module]]:

@@ -135,7 +135,7 @@ class Batches:
 def pack_held_out(texts: Texts, tokenizer: Any, options: TrainingOptions) -> PackedTokens:
     """Pack a sample of the held-out text."""
     return data.pack(
-        _sample_tokens(texts.held_out, tokenizer, options.eval_tokens),
+        sample_tokens(texts.held_out, tokenizer, options.eval_tokens),
         sequence_length=options.sequence_length,
         separator_id=data.separator_token(tokenizer),
     )
@@ -151,7 +151,7 @@ def count_steps(options: TrainingOptions, sequences: int) -> int:
     return max(1, math.ceil((options.epochs or 1) * sequences / step_size))
 
 
-def _sample_tokens(documents: list[str], tokenizer: Any, limit: int) -> list[list[int]]:
+def sample_tokens(documents: list[str], tokenizer: Any, limit: int) -> list[list[int]]:
     """Tokenize documents until there are `limit` tokens, cutting the last; at least one document.
 
     They are taken from all over: neighbours often treat of the same thing, and the first ones would stand for it alone.
