@@ -514,7 +514,6 @@ def plan_section(result: dict[str, Any]) -> str:
         + "\nPredicted before training, and measured (in parentheses their ratio); seconds of one thread's "
         "processor time, memory beyond the model and file in MB:\n\n"
         + table(["domain", "choice", "layers", "seconds", "memory", "file"], rows)
-        + (f"\n{result['note']}\n" if "note" in result else "")
     )
 
 
