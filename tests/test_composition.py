@@ -83,8 +83,8 @@ def test_three_organs_and_what_each_adds(organs: dict[str, Organ], texts: dict[s
 
 def test_the_order_at_one_position(organs: dict[str, Organ], texts: dict[str, Path], recipient: Path) -> None:
     given, data = [organs["clinical"], organs["legal"]], {"law": texts["law"]}
-    report = compose(given, recipient, at=3, mode="insert", data=data, **QUICK)
-    other = compose(given[::-1], recipient, at=3, mode="insert", data=data, **QUICK)
+    report = compose(given, recipient, at=[3, 3], mode="insert", data=data, **QUICK)
+    other = compose(given[::-1], recipient, at=[3, 3], mode="insert", data=data, **QUICK)
     assert report.rows[-1].name == "together, in reverse order"
     assert report.rows[-1].scores == other.rows[-2].scores != report.rows[-2].scores
     better = report.rows[-1].scores["law"].perplexity < report.rows[-2].scores["law"].perplexity

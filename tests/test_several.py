@@ -166,12 +166,12 @@ def test_one_organ_twice_and_the_order_at_one_position(
     organs: dict[str, Organ], recipient: Path, tmp_path: Path
 ) -> None:
     given = [organs["b"], organs["a"], organs["b"]]
-    record = transplant(given, recipient, at=3, mode="insert", output=tmp_path / "out")
+    record = transplant(given, recipient, at=[3] * 3, mode="insert", output=tmp_path / "out")
     new = [(origin.organ, origin.layer) for origin in record.layers if origin.organ]
     assert new == [("b", 0), ("b", 1), ("a", 0), ("b-2", 0), ("b-2", 1)]
     model = load(recipient)
     before = logits(model)
-    with graft(model, given, at=3, mode="insert"):
+    with graft(model, given, at=[3] * 3, mode="insert"):
         assert torch.equal(logits(model), logits(load(tmp_path / "out")))
     assert torch.equal(logits(model), before)
 
@@ -215,12 +215,16 @@ def test_collisions_are_refused_with_what_works(
 def test_organs_of_the_same_layers_may_be_merged(donor: Path, recipient: Path, tmp_path: Path) -> None:
     given = [extract(donor, layers=(2, 4), name=name) for name in ("legal", "clinical")]
     with pytest.raises(IncompatibleError, match=r"or merge the two into one organ \(neurograft merge\)"):
-        transplant(given, recipient, at=2, output=tmp_path / "out")
+        transplant(given, recipient, at=[2, 2], output=tmp_path / "out")
 
 
 def test_as_many_positions_as_organs(organs: dict[str, Organ], recipient: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="2 positions were given for 3 organs; give one for each, in their order"):
         transplant(list(organs.values()), recipient, at=[1, 2], output=tmp_path / "out")
+    for one in (2, [2]):
+        with pytest.raises(UsageError, match="1 position was given for 3 organs"):
+            transplant(list(organs.values()), recipient, at=one, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match="no organ was given"):
         transplant([], recipient, output=tmp_path / "out")
 

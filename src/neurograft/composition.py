@@ -25,7 +25,7 @@ from neurograft.several import (
     Placement,
     Positions,
     collision_findings,
-    each,
+    each_place,
     in_order,
     open_organs,
     steps_of,
@@ -36,6 +36,9 @@ from neurograft.transplantation import config_of
 if TYPE_CHECKING:
     import numpy
     from transformers import PreTrainedModel
+
+    from neurograft.manifest import Mode
+    from neurograft.organ import Organ
 
 log = logging.getLogger("neurograft")
 
@@ -120,11 +123,11 @@ def compose(
     reading = {"text_column": text_column, "document_separator": document_separator, "encoding": encoding}
     documents = _read(data or {}, general, reading)
     opened = open_organs(organs)
-    places = (each(at, len(opened), "position"), each(mode, len(opened), "mode"))
+    places = each_place(at, mode, len(opened))
     directory = resolve(recipient, trust_remote_code=trust_remote_code)
     with studying():
         checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
-        found = _check(list(zip(opened, *places, strict=True)), checkpoint, trust_remote_code)
+        found = _check(list(zip(opened, places, strict=True)), checkpoint, trust_remote_code)
     report = CompositionReport(
         recipient=directory.name, organs=found.organs, layers=found.layers, findings=found.findings, seed=seed
     )
@@ -170,11 +173,13 @@ class _Found:
     findings: list[Finding]
 
 
-def _check(asked: Sequence[tuple[Any, Any, Any]], checkpoint: Checkpoint, trust_remote_code: bool) -> _Found:
+def _check(
+    asked: Sequence[tuple[Organ, tuple[int | None, Mode | None]]], checkpoint: Checkpoint, trust_remote_code: bool
+) -> _Found:
     """Check each organ by itself, then all of them together."""
     reports = {}
     placements = []
-    for organ, at, mode in asked:
+    for organ, (at, mode) in asked:
         log.info("checking %s against %s", organ.name, checkpoint.directory.name)
         report, _ = check_checkpoint(organ, checkpoint, at=at, mode=mode, trust_remote_code=trust_remote_code)
         placements.append(Placement(organ, report.position, report.mode))

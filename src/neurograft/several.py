@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from neurograft.errors import IncompatibleError, UsageError
 from neurograft.findings import Finding
@@ -79,25 +78,26 @@ def open_organs(organs: Organs) -> list[Organ]:
     return [organ if isinstance(organ, Organ) else open_organ(organ) for organ in list_organs(organs)]
 
 
-def each(value: Any, count: int, what: str) -> list[Any]:
-    """Return a value for each organ: the given one for all, or one each.
+def each_place(at: Positions, mode: Modes, count: int) -> list[tuple[int | None, Mode | None]]:
+    """Return position and mode for each organ.
 
     Args:
-        value: One for all of them, one each, or `None` for none.
+        at: One for each organ, or `None`: two organs at one position is nothing to guess.
+        mode: One for all organs, one for each, or `None`.
         count: How many organs there are.
-        what: What it is called, for the message.
 
     Raises:
         UsageError: There are more or fewer than organs.
     """
-    if value is None or isinstance(value, str) or not isinstance(value, Sequence):
-        return [value] * count
-    given = list(value)
-    if len(given) == 1:
-        return given * count
-    if len(given) != count:
-        raise UsageError(f"{len(given)} {what}s were given for {count} organs; give one for each, in their order.")
-    return given
+    positions = [None] * count if at is None else [at] if isinstance(at, int) else list(at)
+    modes = [mode] if mode is None or isinstance(mode, str) else list(mode)
+    modes = modes * count if len(modes) == 1 else modes
+    for given, what in ((positions, "position"), (modes, "mode")):
+        if len(given) != count:
+            were = f"{what} was" if len(given) == 1 else f"{what}s were"
+            organs = "1 organ" if count == 1 else f"{count} organs"
+            raise UsageError(f"{len(given)} {were} given for {organs}; give one for each, in their order.")
+    return list(zip(positions, modes, strict=True))
 
 
 def in_order(placements: Sequence[Placement]) -> list[Placement]:

@@ -19,7 +19,7 @@ from neurograft.manifest import Mode
 from neurograft.mixed_dtypes import convert_at_borders
 from neurograft.organ import Organ, read_organ
 from neurograft.planning import Plan, make_plan, organ_origins, plan_graft
-from neurograft.several import Modes, Organs, Placement, Positions, each, in_order, list_organs, refuse_collisions
+from neurograft.several import Modes, Organs, Placement, Positions, each_place, in_order, list_organs, refuse_collisions
 from neurograft.steps import Step, recommended_place
 
 if TYPE_CHECKING:
@@ -206,10 +206,9 @@ def graft(
 def _placements(model: PreTrainedModel, organs: Organs, at: Positions, mode: Modes) -> list[Placement]:
     """Decide where organs go in a loaded model, in the order in which they come to stand."""
     opened = [organ if isinstance(organ, Organ) else read_organ(organ) for organ in list_organs(organs)]
-    places = zip(opened, each(at, len(opened), "position"), each(mode, len(opened), "mode"), strict=True)
     placements = [
         Placement(organ, *recommended_place(organ.manifest, at=position, mode=chosen))
-        for organ, position, chosen in places
+        for organ, (position, chosen) in zip(opened, each_place(at, mode, len(opened)), strict=True)
     ]
     refuse_collisions(placements, len(describe(skeleton_of(model)).rows))
     return in_order(placements)

@@ -36,7 +36,7 @@ from neurograft.several import (
     Organs,
     Placement,
     Positions,
-    each,
+    each_place,
     in_order,
     numbers_of,
     open_organs,
@@ -123,9 +123,8 @@ def place_organs(
         UsageError, OrganFileError, IncompatibleError: See `transplant`.
     """
     opened = open_organs(organs)
-    places = zip(opened, each(at, len(opened), "position"), each(mode, len(opened), "mode"), strict=True)
     placements, config = [], None
-    for organ, position, chosen in places:
+    for organ, (position, chosen) in zip(opened, each_place(at, mode, len(opened)), strict=True):
         log.info("checking %s against %s", organ.name, checkpoint.directory.name)
         report, config = check_checkpoint(
             organ, checkpoint, at=position, mode=chosen, look_for_match=False, trust_remote_code=trust_remote_code
