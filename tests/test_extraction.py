@@ -60,7 +60,7 @@ def test_extracting_writes_only_the_organ(donor: Path, tmp_path: Path) -> None:
         donor,
         layers="0:2",
         output=tmp_path / "organ.safetensors",
-        name="my organ!",
+        name="my-organ",
         license="MIT",
         description="two layers",
     )
@@ -68,6 +68,13 @@ def test_extracting_writes_only_the_organ(donor: Path, tmp_path: Path) -> None:
     assert contents(donor) == before
     manifest = read_organ(tmp_path / "organ.safetensors").manifest
     assert (manifest.name, manifest.license, manifest.description) == ("my-organ", "MIT", "two layers")
+
+
+@pytest.mark.parametrize("name", ["my organ!", "../organ", "", "x" * 97, "-a", "größe"])
+def test_names_that_a_manifest_does_not_hold_are_refused(name: str, donor: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"the organ's name is .*; write up to 96 of the characters"):
+        extract(donor, layers="0:2", output=tmp_path / "organ.safetensors", name=name)
+    assert not list(tmp_path.iterdir())
 
 
 def test_old_spellings_of_tensor_names_are_understood(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from neurograft.number_formats import digest_pieces
 from neurograft.organ import (
     LazyTensors,
     Organ,
+    check_name,
     check_organ_output,
     check_version,
     clean_name,
@@ -111,6 +112,7 @@ def extract(
         ModelError: The model can't be read or cut into layers.
         OrganFileError: The layers hold NaN or infinite values.
     """
+    check_name(name)
     check_version(version)
     if output is not None:
         check_organ_output(Path(output), overwrite=overwrite, inputs=[Path(model)])

@@ -24,7 +24,7 @@ from neurograft.extraction import extract
 from neurograft.files import combine_digests
 from neurograft.manifest import UNSEALED, Manifest, Merge, MergeMethod, Parent, Probe
 from neurograft.number_formats import digest_pieces
-from neurograft.organ import Organ, check_organ_output, check_version, clean_name, now, open_organ
+from neurograft.organ import Organ, check_name, check_organ_output, check_version, clean_name, now, open_organ
 from neurograft.several import OrganOrPath, open_organs
 from neurograft.tensor_files import same_kinds
 
@@ -85,6 +85,7 @@ def merge(
         IncompatibleError: The organs were not made from the same layers, or `base` is not what they were made from.
         ModelError: The base can't be read or cut into layers.
     """
+    check_name(name)
     check_version(version)
     settings = _settings(method, base, density, scale, seed)
     if output is not None:

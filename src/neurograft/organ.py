@@ -159,6 +159,19 @@ def clean_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:96] or "organ"
 
 
+def check_name(name: str | None) -> None:
+    """Refuse a name for an organ that a manifest does not accept; `None` leaves it to be made up.
+
+    Raises:
+        UsageError: It has other characters, or is too long.
+    """
+    if name is not None and clean_name(name) != name:
+        raise UsageError(
+            f"the organ's name is {name!r}; write up to 96 of the characters A-Z, a-z, 0-9, '.', '_' and '-', the "
+            f"first and the last a letter or a digit, such as {clean_name(name)}."
+        )
+
+
 def check_version(version: str) -> None:
     """Refuse a version that a manifest does not accept.
 

@@ -15,7 +15,7 @@ from neurograft.extraction import extract
 from neurograft.files import refuse_overlap
 from neurograft.identity import as_identity
 from neurograft.models import ModelDirectory, load_config, load_tokenizer, resolve
-from neurograft.organ import Organ, read_manifest, read_organ
+from neurograft.organ import Organ, clean_name, read_manifest, read_organ
 from neurograft.study.folders import PAGE, check_folder, check_names, going_on, starting_from, write_study
 from neurograft.study.results import CONTROLS, NO_ORGAN, UNTRAINED, ArmRun, CrossDomainReport, GapPoint, summarise
 from neurograft.training import measuring
@@ -242,7 +242,7 @@ class _Bench:
                 log.info("training an organ on %s, seed %d", name, seed)
                 train(
                     read_organ(self.own_layers(), for_use=False), host=self.directory.path, data=data, output=path,
-                    name=name, trust_remote_code=self.trust, protocol="insert", at=self.place.position,
+                    name=clean_name(name), trust_remote_code=self.trust, protocol="insert", at=self.place.position,
                     max_tokens=tokens, evaluations=2, patience=3, seed=seed, **reading, **options,
                 )  # fmt: skip
         return organs

@@ -25,7 +25,7 @@ from neurograft.files import refuse_overlap
 from neurograft.identity import as_identity
 from neurograft.layer_weights import quiet_transformers
 from neurograft.models import ModelDirectory, load_config, load_model, load_tokenizer, resolve
-from neurograft.organ import Organ, read_organ
+from neurograft.organ import Organ, clean_name, read_organ
 from neurograft.placement.results import ScanReport
 from neurograft.placement.sampling import draw_sample
 from neurograft.placement.scan import scan
@@ -348,7 +348,7 @@ class _Asking:
             log.info("training an organ on %s, %s", name, protocol)
             train(
                 extract(self.model, layers=layers, trust_remote_code=self.trust), host=self.model,
-                data=self.texts.training[name], output=path, name=name, trust_remote_code=self.trust,
+                data=self.texts.training[name], output=path, name=clean_name(name), trust_remote_code=self.trust,
                 protocol=protocol, max_tokens=self.shares.run, **self._options,
             )  # fmt: skip
         return read_organ(path, for_use=False)

@@ -26,6 +26,7 @@ from neurograft.manifest import Evaluation, LayerAnatomy, Manifest, Mode, Protoc
 from neurograft.models import ModelDirectory, fingerprint_tokenizer, load_config, load_tokenizer, resolve
 from neurograft.organ import (
     Organ,
+    check_name,
     check_organ_output,
     check_version,
     clean_name,
@@ -112,6 +113,7 @@ def train(
     """
     chosen = parse_options(**options)
     check_precision(chosen.host_precision)
+    check_name(name)
     if version is not None:
         check_version(version)
     processes = Processes()
