@@ -132,7 +132,9 @@ def check_report(report: CheckReport) -> RenderableType:
             Text(finding.why),
         )
     verdict = (
-        Text("does not fit", style="bold red") if report.blocked else Text("nothing blocks it", style="bold green")
+        Text("blocked: it can't be transplanted there", style="bold red")
+        if report.blocked
+        else Text("nothing blocks it", style="bold green")
     )
     if not report.findings:
         return Text("nothing blocks it; nothing differs", style="bold green")
@@ -344,7 +346,8 @@ def plan(report: PlanReport) -> RenderableType:
         table.add_row(*_proposal_cells(proposal), style="bold green" if proposal == report.best else "")
     if report.paper not in report.proposals:
         table.add_row(*_proposal_cells(report.paper), style="dim")
-    commands = [Text(command, no_wrap=False) for command in report.commands]
+    # Whole lines, however narrow the terminal is: they are there to be copied.
+    commands = [Text(command, no_wrap=True, overflow="ignore") for command in report.commands]
     return Group(table, Text("to train the first of them:"), *commands)
 
 

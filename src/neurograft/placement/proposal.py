@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -118,7 +119,8 @@ def plan(
     case = _Case(
         loaded, directory, batches, held_out, separator_token(tokenizer), chosen, limits, trust_remote_code, progress
     )
-    report = case.plan(str(model), trials, trial_tokens)
+    words = _text_words(data, eval_data, reading)
+    report = case.plan(str(model), words, trials, trial_tokens)
     if output is not None:
         with atomic_file(Path(output), overwrite=overwrite) as temporary:
             temporary.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -191,7 +193,7 @@ class _Case:
         states = WINDOWS * (window_of(self.model) - SKIPPED) * WIDTH
         self._manifest_bytes = 2 * 2 * states * 4 // 3 + _REST_OF_MANIFEST
 
-    def plan(self, reference: str, trials: int, trial_tokens: int | None) -> PlanReport:
+    def plan(self, reference: str, text_words: Sequence[str], trials: int, trial_tokens: int | None) -> PlanReport:
         """Measure, choose, try."""
         started = time.monotonic()
         self._say("measuring a few steps at both ends of the model")
@@ -248,7 +250,7 @@ class _Case:
             proposals=tried,
             paper=paper,
             seconds=round(time.monotonic() - started, 1),
-            commands=_commands(reference, tried[0], tokens, self.options),
+            commands=_commands(reference, text_words, tried[0], tokens, self.options),
         )
 
     def _say(self, text: str) -> None:
@@ -290,15 +292,29 @@ def _stored_dtype(directory: ModelDirectory) -> torch.dtype:
     return torch.float32
 
 
-def _commands(reference: str, best: Proposal, tokens: int, options: TrainingOptions) -> list[str]:
+def _text_words(data: Paths, eval_data: Paths | None, reading: Mapping[str, str | None]) -> list[str]:
+    """Return the options that name the text and how it is read, as `train` takes them."""
+    usual = {"text_column": "text", "document_separator": None, "encoding": "utf-8"}
+    words = [word for path in paths_of(data) for word in ("--data", str(path))] or ["--data", "DATA"]
+    words += [word for path in paths_of(eval_data) for word in ("--eval-data", str(path))]
+    for name, value in reading.items():
+        if value is not None and value != usual[name]:
+            words += [f"--{name.replace('_', '-')}", value]
+    return words
+
+
+def _commands(
+    reference: str, text_words: Sequence[str], best: Proposal, tokens: int, options: TrainingOptions
+) -> list[str]:
     given = {
         name: value
         for name, value in options.model_dump(mode="json", exclude_unset=True).items()
         if name not in DECIDED_BY_PLAN and value is not None
     }
-    extra = "".join(f" --{name.replace('_', '-')} {value}" for name, value in given.items())
-    return [
-        f"neurograft extract {reference} --layers {best.layers} -o organ.safetensors",
-        f"neurograft train organ.safetensors --host {reference} --data DATA --protocol {best.protocol} "
-        f"--at {best.position} --max-tokens {tokens}{extra} -o trained.safetensors",
-    ]
+    extra = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    extract = ["extract", reference, "--layers", best.layers, "-o", "organ.safetensors"]
+    train = [
+        "train", "organ.safetensors", "--host", reference, *text_words, "--protocol", best.protocol,
+        "--at", str(best.position), "--max-tokens", str(tokens), *extra, "-o", "trained.safetensors",
+    ]  # fmt: skip
+    return [shlex.join(["neurograft", *words]) for words in (extract, train)]
