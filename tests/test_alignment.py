@@ -74,7 +74,7 @@ def test_an_organ_is_at_home_where_it_was_trained(trained: Path, model_directory
     others = [entry.distance for entry in found.curve if entry.position != 2]
     assert min(others) > 2 * found.here.distance
     finding = next(finding for finding in report.findings if finding.subject == "alignment")
-    assert finding.severity == "notes" and finding.why.startswith("fits at position 2 by the hidden states")
+    assert finding.severity == "notes" and finding.why.startswith("fits at position 2, going by the hidden states")
     elsewhere = check(trained, model_directory("llama", seed=0), at=0)
     assert elsewhere.alignment is not None and elsewhere.alignment.curve == found.curve
     finding = next(finding for finding in elsewhere.findings if finding.subject == "alignment")

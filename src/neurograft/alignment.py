@@ -187,7 +187,7 @@ def alignment_findings(alignment: AlignmentCurve) -> list[Finding]:
     """Say what the alignment at the position asked for comes to."""
     here = alignment.here
     why = (
-        f"{here.verdict} at position {here.position} by the hidden states on a public text (distance "
+        f"{here.verdict} at position {here.position}, going by the hidden states on a public text (distance "
         f"{here.distance:.3f}, CKA {here.cka_entering:.3f} entering and {here.cka_leaving:.3f} leaving)"
     )
     best = next(entry for entry in alignment.curve if entry.position == alignment.best)

@@ -20,7 +20,7 @@ from neurograft.findings import Finding, Severity
 from neurograft.hub import RemoteRange, hub_headers
 from neurograft.layer_values import count_name, read_rows
 from neurograft.layer_weights import to_disk, verify_names
-from neurograft.manifest import Manifest, Mode, TokenizerFingerprint
+from neurograft.manifest import Manifest, Mode, ScanPoint, TokenizerFingerprint
 from neurograft.models import is_hub_id, load_model, load_tokenizer, resolve
 from neurograft.number_formats import first_rows
 from neurograft.organ import Organ, config_to_json, open_organ, pieces_dtype
@@ -224,6 +224,7 @@ def check_checkpoint(
     if study.expected is not None:
         _verify_layouts(organ, study.expected, study.expected_dtypes)
     findings = [
+        *_scan_findings(organ.manifest, checkpoint, position, chosen),
         *study.findings,
         *_name_findings(organ, checkpoint),
         *_tokenizer_findings(organ.manifest.tokenizer, checkpoint.tokenizer),
@@ -588,6 +589,28 @@ def _alignment_findings(organ: Organ, alignment: Alignment | None, position: int
         return [Finding(severity="notes", subject="matching position", why=f"{where}; position {position} matches")]
     why = f"{where}, which makes {alignment.position} the matching position for {mode}, and {position} was asked for"
     return [Finding(severity="risks", subject="matching position", why=why)]
+
+
+def _scan_findings(manifest: Manifest, checkpoint: Checkpoint, position: int, mode: Mode) -> list[Finding]:
+    """Say what a recorded scan of a recipient of this name and depth measured at a place: better than any guess."""
+    name = checkpoint.directory.name
+    scans = [scan for scan in manifest.scans if (scan.recipient, scan.layer_count) == (name, checkpoint.layer_count)]
+    if not scans:
+        return []
+    scan = scans[-1]
+    after = f" after {scan.recover_tokens:,} tokens of recovery" if scan.recover_tokens else ""
+    points = {(point.mode, point.position): point for point in scan.points}
+    here, best = points.get((mode, position)), points.get((scan.mode, scan.position))
+
+    def shown(point: ScanPoint) -> str:
+        return f"{point.ratio:.3f} [{point.low:.3f}, {point.high:.3f}] times the recipient's perplexity"
+
+    why = f"the scan of {name} that the organ carries measured "
+    why += f"{shown(here)} at this place{after}" if here is not None else f"nothing at {mode} {position}"
+    if best is not None and (scan.mode, scan.position) != (mode, position):
+        why += f", and its best place was {scan.mode} at {scan.position}: {shown(best)}"
+    worse = here is None or here.low > 1
+    return [Finding(severity="risks" if worse else "notes", subject="recorded scan", why=why)]
 
 
 def check_loaded(organ: Organ, model: PreTrainedModel, skeleton: PreTrainedModel, *, at: int, mode: Mode) -> None:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import neurograft
 from conftest import Factory
-from neurograft import evaluate, extract, scan, transplant
+from neurograft import check, evaluate, extract, scan, transplant
 from neurograft.cli import app
 from neurograft.data import tokenize_documents
 from neurograft.errors import DataError, IncompatibleError, NeurograftError, UsageError, VerificationError
@@ -325,6 +325,17 @@ class TestRecord:
         transplant(organ_file, recipient, output=tmp_path / "grafted")
         record = json.loads((tmp_path / "grafted" / "neurograft.json").read_text())
         assert (record["operations"][0]["mode"], record["operations"][0]["position"]) == (report.mode, report.position)
+        best = next(point for point in kept.points if (point.mode, point.position) == (report.mode, report.position))
+        found = check(organ_file, recipient, alignment="skip").findings
+        [told] = [finding for finding in found if finding.subject == "recorded scan"]
+        assert f"measured {best.ratio:.3f}" in told.why
+        assert told == next(finding for finding in found if finding.severity == told.severity)
+        elsewhere = next(point for point in kept.points if point.position != report.position)
+        found = check(organ_file, recipient, at=elsewhere.position, mode=elsewhere.mode, alignment="skip").findings
+        [told] = [finding for finding in found if finding.subject == "recorded scan"]
+        assert told.severity == ("risks" if elsewhere.low > 1 else "notes")
+        assert f"measured {elsewhere.ratio:.3f}" in told.why
+        assert f"best place was {report.mode} at {report.position}: {best.ratio:.3f}" in told.why
         scan(organ_file, recipient, data=text, positions=[2], modes="insert", record=True)
         assert len(read_organ(organ_file).manifest.scans) == 2
 
@@ -432,9 +443,11 @@ class TestRefusals:
     def test_too_little_text(self, organ: Organ, recipient: Path, tmp_path: Path) -> None:
         path = _write(tmp_path / "few.jsonl", _documents(7))
         with pytest.raises(
-            DataError, match="of the domain text make 7 windows of 512 tokens, and places can be compared on 8"
+            DataError, match=r"in 7 windows of up to 512 tokens are too few: .* on 8 windows or more; give more text or"
         ):
             scan(organ, recipient, data=path)
+        with pytest.raises(DataError, match=r"too few: .* give a larger --max-tokens"):
+            scan(organ, recipient, data=_write(tmp_path / "many.jsonl", _documents(70)), max_tokens=5)
         with pytest.raises(DataError, match="there is too little text to recover on"):
             scan(organ, recipient, data=path, recover_tokens=100, recover_data=_write(tmp_path / "one.jsonl", ["a"]))
 

@@ -164,7 +164,7 @@ def test_published_figures_stand_above_ours(done: tuple[PaperReport, Path]) -> N
         ({"tokens": 1000}, "too few"),
         ({"positions": 1}, "positions at least 2"),
         ({"lr": 1e-3}, "decides lr itself"),
-        ({"sequence_length": 256, "tokens": 120_000}, "held-out clinical text make"),
+        ({"sequence_length": 256, "tokens": 120_000}, "held-out clinical text in 7 windows"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(

@@ -87,12 +87,16 @@ def draw_sample(
     windows = cut_windows(chosen, sequence_length, text_data.separator_token(tokenizer))
     if not windows:
         raise DataError(f"the tokenizer makes no tokens of the {name} text.")
+    available = len(windows)
     windows = _cut(_round_robin(windows), max_tokens)
     if len(windows) < FEWEST_UNITS:
+        scored = sum(window.scored for window in windows)
+        cut = len(windows) < available
+        remedy = "give a larger --max-tokens (in a study --eval-tokens)" if cut else "give more text or more documents"
+        remedy += ", or a smaller --sequence-length"
         raise DataError(
-            f"{max_tokens:,} tokens of the {name} text make {len(windows)} windows of {sequence_length} tokens, and "
-            f"places can be compared on {FEWEST_UNITS} or more; give more text, more documents, a larger --max-tokens "
-            "(in a study --eval-tokens), or a smaller --sequence-length."
+            f"{scored:,} tokens of the {name} text in {len(windows)} window{'s' * (len(windows) > 1)} of up to "
+            f"{sequence_length} tokens are too few: places can be compared on {FEWEST_UNITS} windows or more; {remedy}."
         )
     count = len({window.document for window in windows})
     units = [window.document for window in windows] if count >= FEWEST_UNITS else list(range(len(windows)))

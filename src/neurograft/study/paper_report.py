@@ -118,7 +118,9 @@ def _comparison_answers(report: PaperReport) -> list[str]:
 
 
 def _cross_domain_answers(report: PaperReport) -> list[str]:
-    return cross_domain_report.findings(report.cross_domain)
+    trained = {arm.arm for arm in report.cross_domain.arms}
+    target = next((domain for domain in report.domains if domain not in trained), "the general text")
+    return [f"The target is {target}.", *cross_domain_report.findings(report.cross_domain)]
 
 
 QUESTIONS = (
