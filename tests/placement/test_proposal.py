@@ -222,6 +222,17 @@ def test_the_plan_keeps_to_its_budget_and_its_commands_run(recipient: Path, text
     assert (tmp_path / "trained.safetensors").stat().st_size == pytest.approx(report.best.cost.bytes, rel=0.05)
 
 
+def test_commands_are_printed_whole(recipient: Path, text: Path, tmp_path: Path) -> None:
+    data = tmp_path / f"{'a long name ' * 12}.jsonl"
+    data.write_bytes(text.read_bytes())
+    words = ["plan", str(recipient), "--data", str(data), "--trials", "1", "--trial-tokens", "64"]
+    options = [word for name, value in OPTIONS.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    result = RUNNER.invoke(app, [*words, *options])
+    assert result.exit_code == 0, result.output
+    [command] = [line for line in result.stdout.splitlines() if line.startswith("neurograft train")]
+    assert shlex.split(command)[-2:] == ["-o", "trained.safetensors"] and str(data) in shlex.split(command)
+
+
 def test_memory_rules_out_early_layers(recipient: Path, text: Path) -> None:
     free = plan(recipient, data=text, trials=1, trial_tokens=64, **OPTIONS)
     assert free.best.count == LAYERS or free.proposals[0].cost.memory > 0

@@ -75,7 +75,7 @@ class Screen:
             text = json.dumps(document) if isinstance(document, dict) else document.model_dump_json()
             sys.stdout.write(text + "\n")
         else:
-            self.out.print(pretty() if callable(pretty) else pretty)
+            self.out.print(pretty() if callable(pretty) else pretty, crop=False)  # a command is whole or of no use
 
     def fail(self, message: str, kind: str) -> None:
         """Print an error: one sentence on standard error, and as JSON on standard output if that was asked for."""
