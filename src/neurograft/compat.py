@@ -20,7 +20,7 @@ from neurograft.findings import Finding, Severity
 from neurograft.hub import RemoteRange, hub_headers
 from neurograft.layer_values import count_name, read_rows
 from neurograft.layer_weights import to_disk, verify_names
-from neurograft.manifest import Manifest, Mode, Scan, ScanPoint, TokenizerFingerprint
+from neurograft.manifest import Manifest, Mode, ScanPoint, TokenizerFingerprint
 from neurograft.models import is_hub_id, load_model, load_tokenizer, resolve
 from neurograft.number_formats import first_rows
 from neurograft.organ import Organ, config_to_json, open_organ, pieces_dtype
@@ -168,11 +168,7 @@ def _with_alignment(
         if needed:
             raise
         return _with_findings(report, [Finding(severity="notes", subject="alignment", why=str(error).rstrip("."))])
-    findings = alignment_findings(found)
-    if _scanned_here(organ.manifest, checkpoint, report.position, report.mode):
-        # What was measured there says more than any likeness.
-        findings = [finding.model_copy(update={"severity": "notes"}) for finding in findings]
-    return _with_findings(report.model_copy(update={"alignment": found}), findings)
+    return _with_findings(report.model_copy(update={"alignment": found}), alignment_findings(found))
 
 
 def _with_findings(report: CheckReport, findings: Sequence[Finding]) -> CheckReport:
@@ -595,20 +591,14 @@ def _alignment_findings(organ: Organ, alignment: Alignment | None, position: int
     return [Finding(severity="risks", subject="matching position", why=why)]
 
 
-def _scan_of(manifest: Manifest, checkpoint: Checkpoint) -> Scan | None:
-    """Return the last scan of a recipient of this name and depth that an organ carries."""
-    wanted = (checkpoint.directory.name, checkpoint.layer_count)
-    return next((scan for scan in reversed(manifest.scans) if (scan.recipient, scan.layer_count) == wanted), None)
-
-
-def _scanned_here(manifest: Manifest, checkpoint: Checkpoint, position: int, mode: Mode) -> bool:
-    scan = _scan_of(manifest, checkpoint)
-    return scan is not None and any((point.mode, point.position) == (mode, position) for point in scan.points)
-
-
 def _scan_findings(manifest: Manifest, checkpoint: Checkpoint, position: int, mode: Mode) -> list[Finding]:
-    """Say what a recorded scan of a recipient of this name and depth measured at a place: better than any guess."""
-    scan = _scan_of(manifest, checkpoint)
+    """Say what the last recorded scan of a recipient of this name and depth measured at a place.
+
+    Names are all that a manifest keeps of a recipient, and another model may have this one's; so the finding says what
+    it goes by, and takes back no other finding.
+    """
+    wanted = (checkpoint.directory.name, checkpoint.layer_count)
+    scan = next((scan for scan in reversed(manifest.scans) if (scan.recipient, scan.layer_count) == wanted), None)
     if scan is None:
         return []
     after = f" after {scan.recover_tokens:,} tokens of recovery" if scan.recover_tokens else ""
@@ -618,7 +608,7 @@ def _scan_findings(manifest: Manifest, checkpoint: Checkpoint, position: int, mo
     def shown(point: ScanPoint) -> str:
         return f"{point.ratio:.3f} [{point.low:.3f}, {point.high:.3f}] times the recipient's perplexity"
 
-    why = f"the scan of {scan.recipient} that the organ carries measured "
+    why = f"the scan that the organ carries, of a recipient named {scan.recipient} with as many layers, measured "
     why += f"{shown(here)} at this place{after}" if here is not None else f"nothing at {mode} {position}"
     if best is not None and (scan.mode, scan.position) != (mode, position):
         why += f", and its best place was {scan.mode} at {scan.position}: {shown(best)}"
