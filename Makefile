@@ -12,7 +12,7 @@ TORCH ?= 2.13.0
 # An environment knows its own path, so a copied or moved checkout gets its installation repaired.
 STAMP := .venv/.installed-$(shell pwd | cksum | cut -d ' ' -f 1)
 
-.PHONY: help venv test fuzz browser registry lint format docs cli-docs demo lock clean
+.PHONY: help venv test fuzz browser registry object-store lint format docs cli-docs demo lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,6 +44,10 @@ browser:  ## install Debian's chromium, in which `make test` then looks at repor
 
 registry:  ## install Debian's docker-registry, against which `make test` then runs banks (needs apt and its rights)
 	@command -v docker-registry >/dev/null || { apt-get update -q && apt-get install -y -q --no-install-recommends docker-registry; }
+
+# s3fs and fsspec come in pairs.
+object-store: venv  ## install moto and s3fs, against which `make test` then runs banks in S3
+	$(PIP) install --quiet 'moto[server]==5.2.5' "s3fs==$$($(BIN)/python -c 'import fsspec; print(fsspec.__version__)')"
 
 fuzz: venv  ## alter a hundred thousand files for every reader, then let atheris look for more, half a minute for each
 	$(PIP) install --quiet atheris==3.0.0

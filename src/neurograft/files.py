@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 1 << 22
 LARGEST_TEXT = 64 << 20  # bytes; configurations, records and keys have far fewer
 _PIECE_BYTES = 1 << 16
+_OWN_PIPES = ("/dev/fd/", "/proc/self/fd/", "/dev/stdin")
 _NEW_SECONDS = 10
 _SYNCING = 8
 
@@ -262,15 +263,29 @@ def read_bounded(path: Path, most: int = LARGEST_TEXT) -> bytes:
     """Return the bytes of a file that is small, if it is what it should be: it may be anyone's, and a device.
 
     Raises:
-        OSError: It can't be read, or has more bytes than `most`.
+        OSError: It can't be read, is a pipe or a device, or has more bytes than `most`.
     """
     content = bytearray()
-    with path.open("rb") as stream:
+    with open(str(path), "rb", opener=_open_file) as stream:
         while piece := stream.read(_PIECE_BYTES):  # for a single large read, memory would be taken before it is filled
             content += piece
             if len(content) > most:
                 raise OSError(errno.EFBIG, f"it has more than {human_bytes(most)}", str(path))
     return bytes(content)
+
+
+def _open_file(path: str, flags: int) -> int:
+    """Open a file, but neither wait for whoever might write to a pipe nor read a device.
+
+    What the shell made of `<(command)` is the user's own pipe, and lies in /dev/fd.
+    """
+    if path.startswith(_OWN_PIPES):
+        return os.open(path, flags)
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "it is no ordinary file", path)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Banks in an OCI registry: Debian's docker-registry on the loopback, with a password and without one."""
+"""Banks in an OCI registry: Debian's docker-registry, open to all, with a password, with bearer tokens."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ from neurograft.errors import (
     BankError,
     BankUnreachableError,
     NotInBankError,
+    UsageError,
     VersionExistsError,
     YankedError,
 )
 from neurograft.organ import Organ
+from token_server import serve_tokens
 
 pytest.importorskip("oras")
 PROGRAM = shutil.which("docker-registry")
@@ -43,11 +45,9 @@ def _free_port() -> int:
 
 
 @contextmanager
-def _serve(folder: Path, password: bool) -> Iterator[str]:
+def _serve(folder: Path, auth: str = "") -> Iterator[str]:
     """Start a registry that keeps its files in a folder; yield its host and port."""
     port, host = _free_port(), "127.0.0.1"
-    (folder / "users").write_text(USERS)
-    auth = f"auth: {{htpasswd: {{realm: registry, path: {folder / 'users'}}}}}\n" if password else ""
     (folder / "config.yml").write_text(
         f"version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {folder / 'data'}}}}}\n"
         f"http: {{addr: '{host}:{port}'}}\n{auth}"
@@ -75,7 +75,7 @@ def _own_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Iterator[str]:
-    with _serve(tmp_path, password=False) as host:
+    with _serve(tmp_path) as host:
         yield host
 
 
@@ -130,6 +130,10 @@ def test_a_version_never_changes(registry: str, organ: Organ, tmp_path: Path) ->
         neurograft.push(_save(organ, tmp_path, "1.0.0", "other"), bank)
     with pytest.raises(NotInBankError, match="has no organ other"):
         neurograft.pull(f"oci://{registry}/other:1.0.0")
+    with pytest.raises(NotInBankError, match=r":radiology is a tag of .*, and an organ radiology below it would be"):
+        neurograft.pull(f"oci://{registry}/organs:radiology")
+    with pytest.raises(UsageError, match=r"to push tiny, write oci://.*/organs/tiny"):
+        neurograft.push(_save(organ, tmp_path, "2.0.0"), f"oci://{registry}/organs:tiny")
     with pytest.raises(NotInBankError, match="no version or tag 3"):
         neurograft.pull(f"{bank}:3")
 
@@ -187,7 +191,8 @@ def test_interrupted_transfers_go_on(
 @needs_registry
 def test_a_registry_with_a_password(organ: Organ, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = _save(organ, tmp_path, "1.0.0")
-    with _serve(tmp_path, password=True) as host:
+    (tmp_path / "users").write_text(USERS)
+    with _serve(tmp_path, f"auth: {{htpasswd: {{realm: registry, path: {tmp_path / 'users'}}}}}\n") as host:
         bank = f"oci://{host}/tiny"
         with pytest.raises(BankAccessError, match=f"asks for a password; run `docker login {host}`"):
             neurograft.push(file, bank)
@@ -198,6 +203,49 @@ def test_a_registry_with_a_password(organ: Organ, tmp_path: Path, monkeypatch: p
         _log_in(tmp_path, host, "right")
         neurograft.push(file, bank)
         assert neurograft.pull(bank, output=tmp_path / "out.safetensors").entry.version == "1.0.0"
+
+
+@needs_registry
+def test_a_registry_with_bearer_tokens(organ: Organ, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = _save(organ, tmp_path, "1.0.0")
+    monkeypatch.setattr(registries, "_SENT_BYTES", 10_000)
+    with serve_tokens(tmp_path, {"clinic": "right"}) as (auth, given), _serve(tmp_path, auth) as host:
+        bank = f"oci://{host}/organs/tiny"
+        with pytest.raises(BankAccessError, match=f"run `docker login {host}`"):
+            neurograft.push(file, bank)
+        monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+        _log_in(tmp_path, host, "wrong")
+        with pytest.raises(BankAccessError, match="the user or password is wrong"):
+            neurograft.push(file, bank)
+        _log_in(tmp_path, host, "right")
+        given.clear()
+        neurograft.push(file, bank, tags=["stable"])
+        assert ("clinic", ["repository:organs/tiny:pull,push"]) in given
+        assert [o.name for o in neurograft.list(f"oci://{host}/organs").organs] == ["tiny"]
+        neurograft.yank(f"{bank}:1.0.0", reason="wrong text")
+        neurograft.yank(f"{bank}:1.0.0", undo=True)
+        monkeypatch.delenv("DOCKER_CONFIG")
+        neurograft.pull(f"{bank}:stable", output=tmp_path / "out.safetensors")  # as anybody may
+    assert (tmp_path / "out.safetensors").read_bytes() == file.read_bytes()
+
+
+@needs_registry
+def test_a_token_that_ends_while_a_file_is_sent(organ: Organ, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registries, "_SENT_BYTES", 10_000)
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    file, ask = _save(organ, tmp_path, "1.0.0"), RegistryStore._ask
+
+    def slow(self: RegistryStore, method: str, url: str, **options: object) -> object:
+        time.sleep(0.3 if method == "PATCH" else 0)
+        return ask(self, method, url, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(RegistryStore, "_ask", slow)
+    tokens = serve_tokens(tmp_path, {"clinic": "right"}, lasting_seconds=-59)  # the registry allows a minute's leeway
+    with tokens as (auth, given), _serve(tmp_path, auth) as host:
+        _log_in(tmp_path, host, "right")
+        neurograft.push(file, f"oci://{host}/tiny")
+        assert len(given) > 3
+        assert neurograft.pull(f"oci://{host}/tiny", output=tmp_path / "out.safetensors").entry.version == "1.0.0"
 
 
 def test_no_registry_there(organ_file: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -295,6 +296,24 @@ def test_a_link_changed_by_hand_is_refused(hospital: Path) -> None:
     (hospital / "current").unlink()
     (hospital / "current").symlink_to("/etc")
     with pytest.raises(HistoryError, match="is no link to a folder in"):
+        history(hospital)
+
+
+def test_a_lost_link_is_put_back_as_the_sentence_says(hospital: Path) -> None:
+    target = os.readlink(hospital / "current")
+    (hospital / "current").unlink()
+    with pytest.raises(HistoryError, match="the link was lost; put it back with: ln -s versions/0002-tiny ") as caught:
+        rollback(hospital)
+    subprocess.run(str(caught.value).partition("with: ")[2].removesuffix("."), shell=True, check=True)
+    assert os.readlink(hospital / "current") == target
+    assert history(hospital).current == "0002-tiny"
+
+
+def test_a_pipe_instead_of_a_history(hospital: Path) -> None:
+    for name in ("history.jsonl", "current"):
+        (hospital / name).unlink()
+    os.mkfifo(hospital / "history.jsonl")
+    with pytest.raises(HistoryError, match="it is no ordinary file"):
         history(hospital)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 from pathlib import Path
 
@@ -38,9 +40,10 @@ def test_paths_are_beside_the_file(tmp_path: Path) -> None:
     ("text", "sentence"),
     [
         ("gates: {a: {metric: bleu}}", "the gate a of .* has the metric 'bleu'; known are perplexity, retention, task"),
-        ("gates: {a: {metric: [task]}}", "the gate a of .* has no metric; known are perplexity"),
+        ("gates: {a: {metric: [task]}}", "the gate a of .* has the metric .'task'.; known are"),
         ("gates: {a: {task: x}}", "the gate a of .* has no metric; known are perplexity"),
         ("gates: {a: {metric: retention, dta: x}}", "the gate a of .* has the unknown key 'dta'; known are data,"),
+        ("gates: {a: {metric: retention, data: []}}", "the gate a of .* can't be used: data: it is empty; give"),
         ("gates: {a: {metric: perplexity, data: x}}", "the gate a of .* lacks limit"),
         ('gates: {a: {metric: perplexity, data: x, limit: "<~9"}}', "in .*gates.yaml, the gate 'a<~9' can't be read"),
         ('gates: {a: {metric: perplexity, data: x, limit: "b<=9"}}', "the limit is 'b<=9'; write it without a name"),
@@ -70,10 +73,29 @@ def test_aliases_that_multiply_are_read_once(tmp_path: Path) -> None:
         read_gates(_write(tmp_path, f'gates: {{a: {{metric: perplexity, limit: "<9", data: {lists}}}}}'))
 
 
-def test_a_file_without_an_end_is_not_read(tmp_path: Path) -> None:
-    (tmp_path / "gates.yaml").symlink_to("/dev/zero")
+def test_neither_a_device_nor_a_pipe_is_read(tmp_path: Path) -> None:
+    (tmp_path / "zeros.yaml").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for name in ("zeros.yaml", "pipe.yaml"):
+        with pytest.raises(GateError, match=rf"{name} can't be read: it is no ordinary file\."):
+            read_gates(tmp_path / name)
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
     with pytest.raises(GateError, match=r"gates.yaml can't be read: it has more than 1.0 MB"):
-        read_gates(tmp_path / "gates.yaml")
+        read_gates(_write(tmp_path, "#" * 1_100_000))
+
+
+def test_what_the_shell_pipes_is_read() -> None:
+    text = b'gates: {a: {metric: perplexity, limit: "<9", data: x.txt}}'
+    reading, writing = os.pipe()
+    os.write(writing, text)
+    os.close(writing)
+    try:
+        read = read_gates(f"/dev/fd/{reading}")
+    finally:
+        os.close(reading)
+    assert list(read.gates) == ["a"] and read.digest == hashlib.sha256(text).hexdigest()
 
 
 def test_a_missing_file_is_said_to_be(tmp_path: Path) -> None:

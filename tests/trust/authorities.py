@@ -48,11 +48,16 @@ def _write_keys(folder: Path, name: str, key: Any, password: str | None = None) 
 
 
 def make_authority(folder: Path, name: str) -> Authority:
-    key = ec.generate_private_key(ec.SECP384R1())
-    certificate = _certificate(name, name, key.public_key(), key, is_authority=True, days=(-500, 500))
-    path = folder / f"{name}.crt"
-    path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    return Authority(path, key)
+    authority = Authority(folder / f"{name}.crt", ec.generate_private_key(ec.SECP384R1()))
+    renew_authority(authority, days=(-500, 500))
+    return authority
+
+
+def renew_authority(authority: Authority, *, days: tuple[int, int]) -> None:
+    """Write a certificate of the same key, valid from and to so many days from now, in the place of the one before."""
+    name, key = authority.certificate.stem, authority.key
+    certificate = _certificate(name, name, key.public_key(), key, is_authority=True, days=days)
+    authority.certificate.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
 
 
 def make_member(

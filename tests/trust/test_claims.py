@@ -97,4 +97,6 @@ def test_the_command(organ: Organ, recipient: Path, text: Path, tmp_path: Path) 
     path = claiming(organ, path, 0.01)
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 1 and "fails" in done.stdout
-    assert "document number" not in done.stdout
+    assert "document number" not in done.stdout and "general text" not in done.stdout
+    done = CliRunner().invoke(app, [*words, "--general", str(text)])
+    assert "the manifest claims nothing of general text" in " ".join(done.stdout.split())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import socket
 import sys
@@ -14,7 +15,7 @@ import pytest
 
 pytest.importorskip("model_signing.signing")
 
-from authorities import Authority, Keys, make_authority, make_keys, make_member
+from authorities import Authority, Keys, make_authority, make_keys, make_member, renew_authority
 from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -174,6 +175,22 @@ def test_certificates_that_are_not_valid_yet(organ_file: Path, authority: Author
     member, certificate = make_member(organ_file.parent, authority, "radiology", days=(5, 10))
     with pytest.raises(TrustError, match=r"is valid from .* on; look at this machine's clock"):
         sign(organ_file, key=member.private, certificate=certificate)
+
+
+def test_a_root_that_was_renewed(organ_file: Path, authority: Authority) -> None:
+    member, certificate = make_member(organ_file.parent, authority, "radiology", days=(-90, 90))
+    sign(organ_file, key=member.private, certificate=certificate)
+    signer, before = Signer(certificate=authority.certificate, subject="radiology"), authority.certificate.read_bytes()
+    renew_authority(authority, days=(-30, 900))
+    assert "began only after theirs did" in str(check(organ_file, signer).refusal)
+    authority.certificate.write_bytes(authority.certificate.read_bytes() + before)  # as the sentence says
+    assert check(organ_file, signer).passed
+
+
+def test_a_pipe_beside_an_organ(organ_file: Path, keys: Keys) -> None:
+    os.mkfifo(signature_path(organ_file))
+    with pytest.raises(TrustError, match=r"organ.safetensors.sig can't be read as signatures: it is no ordinary file"):
+        check(organ_file, Signer(key=keys.public))
 
 
 def test_certificates_of_others(organ_file: Path, tmp_path: Path, authority: Authority) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -102,13 +103,20 @@ def test_a_pull_leaves_no_signatures_of_something_else(bank: str, organ_file: Pa
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [(b"x" * (LARGEST_FILE + 1), "too large to be signatures"), (b"\xff\xfe", "is no text")]
+    ("content", "said"),
+    [(b"x" * (LARGEST_FILE + 1), "it has more than 4.2 MB; it was altered"), (b"\xff\xfe", "is no text")],
 )
 def test_what_is_no_signatures_in_a_bank(content: bytes, said: str, organ_file: Path, tmp_path: Path) -> None:
     bank = str(tmp_path / "bank")
     neurograft.push(organ_file, bank)
     store, entry = entry_in(bank)
     store.set_signatures(entry, "x")
-    (tmp_path / "bank" / "tiny" / "signatures" / f"{entry.sha256}.sig").write_bytes(content)
+    place = tmp_path / "bank" / "tiny" / "signatures" / f"{entry.sha256}.sig"
+    place.write_bytes(content)
     with pytest.raises(BankDigestError, match=said):
         download_organ(f"{bank}:tiny")
+    for path in (place, tmp_path / "bank" / "tiny" / "versions" / f"{entry.version}.json"):
+        path.unlink()
+        os.mkfifo(path)
+        with pytest.raises(BankDigestError, match=f"{path.name} can't be read: it is no ordinary file"):
+            download_organ(f"{bank}:tiny")

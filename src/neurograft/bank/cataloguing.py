@@ -45,7 +45,7 @@ def versions(organ: str) -> Versions:
     """
     reference = parse_organ(organ)
     store, name = open_store(reference.root), str(reference.name)
-    known, tags = known_versions(store, name), store.tags(name)
+    known, tags = known_versions(store, reference), store.tags(name)
     found = []
     for version in in_order(known):
         entry = store.entry(name, version)
@@ -77,7 +77,7 @@ def tag(organ: str, name: str) -> Changed:
     """
     reference, wanted = parse_organ(organ), check_tag(name)
     store, called = open_store(reference.root), str(reference.name)
-    version = choose(reference, known_versions(store, called), store.tags(called))
+    version = choose(reference, known_versions(store, reference), store.tags(called))
     store.set_tag(called, wanted, version)
     return Changed(bank=reference.root, name=called, version=version, tag=wanted)
 
@@ -98,7 +98,7 @@ def yank(organ: str, *, reason: str = "no reason given", undo: bool = False) -> 
     if reference.selector is None:
         raise UsageError(f"{organ} does not say which version to yank; write {organ}@VERSION.")
     store, called = open_store(reference.root), str(reference.name)
-    known = known_versions(store, called)
+    known = known_versions(store, reference)
     if reference.selector not in known:
         tags = store.tags(called)
         version = choose(reference, known, tags, allow_yanked=True)

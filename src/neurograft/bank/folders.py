@@ -8,19 +8,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 from neurograft.bank.entries import Entry, parse_entry
-from neurograft.bank.signatures import decode, refuse_large
-from neurograft.bank.stores import explaining
+from neurograft.bank.signatures import decode
+from neurograft.bank.stores import explaining, gather
 from neurograft.bank.versions import is_version
 from neurograft.errors import (
     BankAccessError,
@@ -31,7 +33,17 @@ from neurograft.errors import (
     UsageError,
     VersionExistsError,
 )
-from neurograft.files import CHUNK_BYTES, atomic_file, explained_os_errors, file_sha256, fsync, require_space
+from neurograft.files import (
+    CHUNK_BYTES,
+    LARGEST_TEXT,
+    atomic_file,
+    explained_os_errors,
+    file_sha256,
+    fsync,
+    read_bounded,
+    require_space,
+)
+from neurograft.trust.signature_files import LARGEST_FILE
 
 log = logging.getLogger("neurograft")
 
@@ -88,7 +100,7 @@ class FolderStore:
         """See `Store`."""
         path = self._place(name, _VERSIONS, version)
         with explaining(self._explain):
-            return parse_entry(self.fs.cat_file(path), path, name=name, version=version)
+            return parse_entry(self._read_small(path), path, name=name, version=version)
 
     def read(self, entry: Entry, start: int) -> Iterator[bytes]:
         """See `Store`."""
@@ -120,8 +132,7 @@ class FolderStore:
         with explaining(self._explain):
             if not self.fs.exists(place):
                 return None
-            refuse_large(self.fs.size(place), place)
-            return decode(self.fs.cat_file(place), place)
+            return decode(self._read_small(place, LARGEST_FILE), place)
 
     def set_signatures(self, entry: Entry, text: str) -> None:
         """See `Store`."""
@@ -166,11 +177,23 @@ class FolderStore:
     def _json(self, name: str, kind: str, stem: str) -> dict[str, Any]:
         path = self._place(name, kind, stem)
         with explaining(self._explain):
-            content = self.fs.cat_file(path)
+            content = self._read_small(path)
         try:
             return dict(json.loads(content))
         except (ValueError, TypeError, RecursionError) as error:
             raise BankDigestError(f"{path} is no JSON object; it was altered or damaged.") from error
+
+    def _read_small(self, path: str, most: int = LARGEST_TEXT) -> bytes:
+        """Return the bytes of a file that has few, if the bank is what it should be."""
+        if self.is_local:
+            try:
+                return read_bounded(Path(path), most)
+            except OSError as error:
+                if error.errno not in (errno.EFBIG, errno.EINVAL):
+                    raise
+                raise BankDigestError(f"{path} can't be read: {error.strerror}; it was altered.") from error
+        with self.fs.open(path, "rb") as stream:
+            return gather(iter(partial(stream.read, CHUNK_BYTES), b""), path, most)
 
     def _has(self, path: str, size: int) -> bool:
         return bool(self.fs.exists(path)) and self.fs.size(path) == size

@@ -15,8 +15,8 @@ from typing import Any
 
 from neurograft.bank.card import model_card
 from neurograft.bank.entries import Entry, parse_entry
-from neurograft.bank.signatures import gather
-from neurograft.bank.stores import explaining
+from neurograft.bank.signatures import decode
+from neurograft.bank.stores import explaining, gather
 from neurograft.bank.versions import is_version
 from neurograft.errors import (
     BankAccessError,
@@ -25,6 +25,7 @@ from neurograft.errors import (
     BankUnreachableError,
     NotInBankError,
 )
+from neurograft.trust.signature_files import LARGEST_FILE
 
 log = logging.getLogger("neurograft")
 
@@ -63,8 +64,9 @@ class HubStore:
 
     def entry(self, name: str, version: str) -> Entry:
         """See `Store`."""
-        text = b"".join(self._stream(name, version, _ENTRY))
-        return parse_entry(text, f"{_ENTRY} of {self._id(name)}@{version}", name=name, version=version)
+        where = f"{_ENTRY} of {self._id(name)}@{version}"
+        text = gather(self._stream(name, version, _ENTRY), where)
+        return parse_entry(text, where, name=name, version=version)
 
     def read(self, entry: Entry, start: int) -> Iterator[bytes]:
         """See `Store`."""
@@ -99,8 +101,9 @@ class HubStore:
     def signatures(self, entry: Entry) -> str | None:
         """See `Store`."""
         place = f"neurograft-{entry.version}.sig"
+        where = f"{place} of {self._id(entry.name)}"
         try:
-            return gather(self._stream(entry.name, "main", place), f"{place} of {self._id(entry.name)}")
+            return decode(gather(self._stream(entry.name, "main", place), where, LARGEST_FILE), where)
         except NotInBankError:
             return None
 
@@ -149,7 +152,7 @@ class HubStore:
 
     def _yanked(self, name: str) -> dict[str, str]:
         try:
-            text = b"".join(self._stream(name, "main", _YANKED))
+            text = gather(self._stream(name, "main", _YANKED), f"{_YANKED} of {self._id(name)}")
         except NotInBankError:
             return {}
         try:

@@ -38,6 +38,7 @@ def push(organ: str | Path, target: str | Path, *, tags: Sequence[str] = ()) -> 
     """
     path, reference = organ_path(organ), parse(target)
     manifest = read_manifest(path)
+    _refuse_name_as_tag(reference, manifest.name)
     reference = reference if reference.name is not None else with_name(reference, manifest.name)
     version = str(parse_version(manifest.version))
     wanted = _tags(reference, version, tags)
@@ -63,6 +64,19 @@ def push(organ: str | Path, target: str | Path, *, tags: Sequence[str] = ()) -> 
     for tag in wanted:
         store.set_tag(name, tag, version)
     return Pushed(bank=reference.root, entry=known, already_there=there, tags=wanted)
+
+
+def _refuse_name_as_tag(reference: Reference, name: str) -> None:
+    """Refuse a registry's `path:NAME`, which is a tag of `path`, and was meant as in other banks.
+
+    Raises:
+        UsageError: It is that.
+    """
+    if reference.root.startswith("oci://") and reference.selector == name != reference.name:
+        path = f"{reference.root}/{reference.name}"
+        raise UsageError(
+            f"in a registry {path}:{name} is the tag {name} of an organ {path}; to push {name}, write {path}/{name}."
+        )
 
 
 def _tags(reference: Reference, version: str, tags: Sequence[str]) -> list[str]:

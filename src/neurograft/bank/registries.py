@@ -18,8 +18,8 @@ from urllib.parse import urljoin, urlsplit
 
 from neurograft.bank.entries import Entry, parse_entry
 from neurograft.bank.references import RESERVED_TAG
-from neurograft.bank.signatures import gather
-from neurograft.bank.stores import explaining
+from neurograft.bank.signatures import decode
+from neurograft.bank.stores import explaining, gather
 from neurograft.bank.versions import is_version
 from neurograft.errors import (
     BankAccessError,
@@ -31,6 +31,7 @@ from neurograft.errors import (
 )
 from neurograft.files import CHUNK_BYTES, atomic_file, human_bytes
 from neurograft.models import cache_directory
+from neurograft.trust.signature_files import LARGEST_FILE
 
 log = logging.getLogger("neurograft")
 
@@ -57,7 +58,7 @@ class RegistryStore:
         loopback = urlsplit(f"//{self.host}").hostname in _LOOPBACK
         self.base = f"{'http' if loopback else 'https'}://{self.host}/v2/"
         with explaining(self._explain):
-            self.client, self.headers = _connect(self.host, self.base, insecure=loopback)
+            self.client = _connect(self.host, self.base, insecure=loopback)
 
     def names(self) -> list[str]:
         """See `Store`."""
@@ -137,7 +138,7 @@ class RegistryStore:
             ) from error
         url = f"{self._repository(entry.name)}/blobs/sha256:{digest}"
         with explaining(self._explain), self._ask("GET", url, stream=True) as response:
-            text = gather(response.iter_content(CHUNK_BYTES), where)
+            text = decode(gather(response.iter_content(CHUNK_BYTES), where, LARGEST_FILE), where)
         if hashlib.sha256(text.encode()).hexdigest() != digest:
             raise BankDigestError(
                 f"the signatures in {where} do not have the digest that they should; push them again."
@@ -199,9 +200,11 @@ class RegistryStore:
 
     def _manifest(self, name: str, tag: str) -> tuple[dict[str, Any], bytes]:
         """Return an artifact's manifest, parsed and as it is."""
-        response = self._ask("GET", f"{self._repository(name)}/manifests/{tag}", headers={"Accept": MANIFEST})
-        with explaining(self._explain):
-            return dict(response.json()), response.content
+        url = f"{self._repository(name)}/manifests/{tag}"
+        response = self._ask("GET", url, headers={"Accept": MANIFEST}, stream=True)
+        with explaining(self._explain), response:
+            content = gather(response.iter_content(CHUNK_BYTES), f"the artifact {self.root}/{name}:{tag}")
+            return dict(json.loads(content)), content
 
     def _put(self, name: str, tag: str, document: dict[str, Any]) -> None:
         content = json.dumps({"schemaVersion": 2, "mediaType": MANIFEST, **document}).encode()
@@ -263,11 +266,18 @@ class RegistryStore:
         self._ask("PUT", url, headers={"Content-Type": "application/octet-stream"}, data=content)
 
     def _ask(self, method: str, url: str, *, headers: dict[str, str] | None = None, **options: Any) -> Any:
-        """Make a request with oras's authentication, without its minutes of retries; refusals are raised."""
-        own = self.headers if url.startswith(self.base) else {}
+        """Make a request with oras's authentication, without its minutes of retries; refusals are raised.
+
+        Its own requests would go on with a bearer token that is for reading, or that ended, and send every piece twice.
+        """
+        auth, session = self.client.auth, self.client.session
+        is_own = url.startswith(self.base)  # uploads and blobs may be elsewhere, where a password has no business
         with explaining(self._explain):
-            request = type(self.client).do_request.__wrapped__
-            response = request(self.client, url, method, headers={**own, **(headers or {})}, **options)
+            own = auth.get_auth_header() if is_own else {}
+            response = session.request(method, url, headers={**own, **(headers or {})}, **options)
+            if is_own and response.status_code in (401, 403) and _wants_token(response):
+                fresh, _ = auth.authenticate_request(response, {}, refresh=True)
+                response = session.request(method, url, headers={**fresh, **(headers or {})}, **options)
             response.raise_for_status()
             return response
 
@@ -278,8 +288,7 @@ class RegistryStore:
         kind, text = type(error).__name__, next(iter(str(error).strip().splitlines()), "no message").rstrip(".")
         response = getattr(error, "response", None)
         status = None if response is None else response.status_code
-        refused = isinstance(error, ValueError) and "authentication" in text
-        if status in (401, 403) or refused:
+        if status in (401, 403):
             return BankAccessError(
                 f"{self.root} refuses access (the user or password is wrong, or has too few rights); run `docker login "
                 f"{self.host}` or `oras login {self.host}`."
@@ -294,12 +303,18 @@ class RegistryStore:
         return error
 
 
-def _connect(host: str, base: str, *, insecure: bool) -> tuple[Any, dict[str, str]]:
-    """Return oras's client, which has what `docker login` left, and headers for each request."""
+def _wants_token(response: Any) -> bool:
+    """Whether a refusal says where a bearer token is to be had."""
+    return bool(response.headers.get("Www-Authenticate", "").lower().startswith("bearer"))
+
+
+def _connect(host: str, base: str, *, insecure: bool) -> Any:
+    """Return oras's client, which has what `docker login` left."""
     import os
 
     try:
         import oras.container
+        import oras.logger
         import oras.provider
     except ImportError as error:
         raise NeurograftError("oci:// banks need oras; install the extra neurograft[oci].") from error
@@ -310,6 +325,7 @@ def _connect(host: str, base: str, *, insecure: bool) -> tuple[Any, dict[str, st
         def send(self, request: Any, **options: Any) -> Any:  # type: ignore[override]
             return super().send(request, **{**options, "timeout": options.get("timeout") or _TIMEOUT_SECONDS})
 
+    oras.logger.logger.set_level(logging.CRITICAL)  # what goes wrong is raised
     challenge = requests.get(base, timeout=_TIMEOUT_SECONDS).headers.get("Www-Authenticate", "")
     basic = challenge.lower().startswith("basic")
     client = oras.provider.Registry(host, insecure=insecure, auth_backend="basic" if basic else "token")
@@ -318,12 +334,9 @@ def _connect(host: str, base: str, *, insecure: bool) -> tuple[Any, dict[str, st
     folder = os.environ.get("DOCKER_CONFIG")
     configs = [f"{folder}/config.json"] if folder and Path(folder, "config.json").is_file() else []
     client.auth.load_configs(oras.container.Container(f"{host}/organs"), configs=configs)
-    if not basic:
-        return client, {}
-    if not getattr(client.auth, "_basic_auth", None):
+    if basic and not getattr(client.auth, "_basic_auth", None):
         raise BankAccessError(f"{host} asks for a password; run `docker login {host}` or `oras login {host}`.")
-    # oras would send every piece twice: first without the password, then with it
-    return client, client.auth.get_auth_header()
+    return client
 
 
 def _tag(version: str) -> str:

@@ -23,7 +23,7 @@ def find(reference: Reference, *, allow_yanked: bool = False) -> tuple[Store, En
         UsageError: There is no such kind of bank.
     """
     store, name = open_store(reference.root), str(reference.name)
-    versions = known_versions(store, name)
+    versions = known_versions(store, reference)
     version = choose(reference, versions, store.tags(name), allow_yanked=allow_yanked)
     return store, store.entry(name, version), versions[version]
 

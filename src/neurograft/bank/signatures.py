@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 from neurograft.bank.entries import Entry
 from neurograft.bank.stores import Store
 from neurograft.errors import BankDigestError, TrustError
 from neurograft.files import atomic_file
-from neurograft.trust.signature_files import LARGEST_FILE, Signature, parse_signatures, read_signatures, signature_path
-
-
-def refuse_large(size: int, where: str) -> None:
-    """Refuse what is too large for signatures; a bank may be anyone's.
-
-    Raises:
-        BankDigestError: It is.
-    """
-    if size > LARGEST_FILE:
-        raise BankDigestError(f"{where} is too large to be signatures; it was altered.")
+from neurograft.trust.signature_files import Signature, parse_signatures, read_signatures, signature_path
 
 
 def decode(content: bytes, where: str) -> str:
@@ -32,19 +21,6 @@ def decode(content: bytes, where: str) -> str:
         return content.decode()
     except UnicodeDecodeError as error:
         raise BankDigestError(f"{where} is no text, and so no signatures; it was altered.") from error
-
-
-def gather(pieces: Iterable[bytes], where: str) -> str:
-    """Return pieces that a bank gives as one text.
-
-    Raises:
-        BankDigestError: It is too large for signatures, or no text.
-    """
-    content = b""
-    for piece in pieces:
-        content += piece
-        refuse_large(len(content), where)
-    return decode(content, where)
 
 
 def push_signatures(store: Store, entry: Entry, organ: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from neurograft.bank.entries import Entry
-from neurograft.errors import BankError, NeurograftError, NotInBankError
+from neurograft.bank.references import Reference
+from neurograft.errors import BankDigestError, BankError, NeurograftError, NotInBankError
+from neurograft.files import LARGEST_TEXT, human_bytes
 
 _SHOWN = 8
 
@@ -68,12 +70,17 @@ def open_store(root: str) -> Store:
     return FolderStore(root)
 
 
-def known_versions(store: Store, name: str) -> dict[str, str | None]:
+def known_versions(store: Store, reference: Reference) -> dict[str, str | None]:
     """Return the versions of an organ that must be there; see `Store.versions`.
+
+    Args:
+        store: The bank.
+        reference: What names the organ in it.
 
     Raises:
         NotInBankError: There is no such organ; it says which there are, where the bank lists them.
     """
+    name = str(reference.name)
     if versions := store.versions(name):
         return versions
     try:
@@ -82,7 +89,30 @@ def known_versions(store: Store, name: str) -> dict[str, str | None]:
         names = []
     more = [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
     instead = f"; it has {', '.join([*names[:_SHOWN], *more])}" if names else ""
-    raise NotInBankError(f"{store.root} has no organ {name}{instead}.")
+    raise NotInBankError(f"{store.root} has no organ {name}{instead}{_meant(reference)}.")
+
+
+def _meant(reference: Reference) -> str:
+    """Return what may have been meant by a tag in a registry, where other banks have the organ's name."""
+    tag = reference.selector
+    if not reference.root.startswith("oci://") or tag is None or tag[0].isdigit():
+        return ""
+    path = f"{reference.root}/{reference.name}"
+    return f"; in a registry :{tag} is a tag of {path}, and an organ {tag} below it would be {path}/{tag}"
+
+
+def gather(pieces: Iterable[bytes], where: str, most: int = LARGEST_TEXT) -> bytes:
+    """Return what a bank gives in pieces and that should be small; a bank may be anyone's.
+
+    Raises:
+        BankDigestError: It has more bytes than `most`.
+    """
+    content = bytearray()
+    for piece in pieces:
+        content += piece
+        if len(content) > most:
+            raise BankDigestError(f"{where} has more than {human_bytes(most)}, which is too large; it was altered.")
+    return bytes(content)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ import getpass
 import logging
 import os
 import re
+import shlex
 import shutil
 import socket
 import uuid
@@ -171,9 +172,15 @@ class DeploymentFolder:
             return State(history, current, unfinished=True)
         raise HistoryError(
             f"{self.current} points to {current or 'nothing'}, and the last entry of {HISTORY}, entry "
-            f"{len(history.entries)}, says {expected or 'nothing'}: the link was changed by hand, or the end of the "
-            "history was cut off; restore either from a backup."
+            f"{len(history.entries)}, says {expected or 'nothing'}: {self._repair(current, expected)}."
         )
+
+    def _repair(self, current: str | None, expected: str | None) -> str:
+        """Say what became of the link, and how to mend it."""
+        if current is None and expected is not None and self.version(expected).is_dir():
+            restored = shlex.join(["ln", "-s", f"{VERSIONS}/{expected}", str(self.current)])
+            return f"the link was lost; put it back with: {restored}"
+        return "the link was changed by hand, or the end of the history was cut off; restore either from a backup"
 
     def _refuse_unknown_versions(self, history: History) -> None:
         """Refuse a version that no entry made and no switch is under way to: the entry was cut off.
@@ -258,10 +265,12 @@ class DeploymentFolder:
 def _has_entry(history: Path) -> bool:
     """Whether a history has a line that was written to its end, and not just the first half of its first."""
     try:
-        with history.open("rb") as stream:
-            return stream.readline().endswith(b"\n")
+        if history.is_file():
+            with history.open("rb") as stream:
+                return stream.readline().endswith(b"\n")
     except OSError:
-        return history.exists()  # whoever reads it says what is wrong
+        pass
+    return os.path.lexists(history)  # whoever reads it says what is wrong
 
 
 _OWN = {CURRENT, VERSIONS, HISTORY, _NEXT, _STAGING, _DEPLOYING, _SWITCHING}

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from neurograft.errors import GateError
 from neurograft.evaluation import Gate, parse_gate
-from neurograft.files import file_sha256, read_bounded
+from neurograft.files import read_bounded
 
 Against = Literal["current", "base"]
 _LARGEST = 1 << 20  # bytes
@@ -30,6 +31,13 @@ class _TextGate(_Part):
     text_column: str = "text"
     document_separator: str | None = None
     encoding: str = "utf-8"
+
+    @field_validator("data")
+    @classmethod
+    def _some_data(cls, data: str | list[str]) -> str | list[str]:
+        if not data:
+            raise ValueError("it is empty; give at least one file, folder or Hub dataset id")
+        return data
 
 
 class PerplexityGate(_TextGate):
@@ -133,7 +141,8 @@ def read_gates(path: str | Path) -> Gates:
         GateError: It is missing, no YAML, or says something that gates don't know.
     """
     path = Path(path)
-    raw = _read_yaml(path)
+    content = _read(path)
+    raw = _parse_yaml(path, content)
     _refuse_unknown(str(path), raw, ("settings", "gates"))
     try:
         settings = GateSettings.model_validate(raw.get("settings") or {})
@@ -143,20 +152,27 @@ def read_gates(path: str | Path) -> Gates:
     if not isinstance(named, dict) or not named:
         raise GateError(f"{path} has no gates; write at least one, as docs/deployment.md shows.")
     gates = {str(name): _read_gate(path, name, value) for name, value in named.items()}
-    return Gates(settings=settings, gates=gates, folder=path.parent, digest=file_sha256(path))
+    return Gates(settings=settings, gates=gates, folder=path.parent, digest=sha256(content).hexdigest())
 
 
-def _read_yaml(path: Path) -> dict[Hashable, Any]:
+def _read(path: Path) -> bytes:
+    try:
+        return read_bounded(path, _LARGEST)
+    except OSError as error:
+        raise GateError(f"the gates file {path} can't be read: {error.strerror or error}.") from error
+
+
+def _parse_yaml(path: Path, content: bytes) -> dict[Hashable, Any]:
     import yaml
 
     try:
-        text = read_bounded(path, _LARGEST).decode()
+        text = content.decode()
         _refuse_duplicates(path, yaml.compose(text, Loader=yaml.SafeLoader), set())
         raw = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
-        if isinstance(error, GateError):
-            raise
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+    except GateError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
         raise GateError(f"the gates file {path} can't be read: {reason}.") from error
     if not isinstance(raw, dict):
         raise GateError(f"{path} has no gates; write at least one, as docs/deployment.md shows.")
@@ -190,7 +206,7 @@ def _read_gate(path: Path, name: Hashable, value: Any) -> AnyGate:
         raise GateError(f"{place} has a name that is none: use letters, digits, '.', '_' and '-'.")
     metric = value.get("metric") if isinstance(value, dict) else None
     if not isinstance(metric, str) or metric not in METRICS:
-        found = f"the metric {metric!r}" if isinstance(metric, str) else "no metric"
+        found = "no metric" if metric is None else f"the metric {metric!r}"
         raise GateError(f"{place} has {found}; known are {', '.join(METRICS)}.")
     kind = METRICS[metric]
     _refuse_unknown(place, value, tuple(kind.model_fields))

@@ -12,6 +12,7 @@ from neurograft.deployment.deciding import Answers, judge_perplexity, judge_rete
 from neurograft.deployment.entries import GateVerdict
 from neurograft.deployment.gates import Gates, PerplexityGate, RetentionGate, TaskGate
 from neurograft.deployment.harness import answer_tasks, check_tasks
+from neurograft.errors import DataError
 from neurograft.evaluation import DEFAULT_LENGTH, Progress, Scores, first_documents, load_to_score, score_documents
 from neurograft.evaluation import token_counter as counter_of
 from neurograft.models import ModelDirectory, fit_sequence_length, load_config, load_tokenizer, resolve
@@ -36,16 +37,19 @@ def read_texts(gates: Gates) -> dict[str, list[str]]:
         GateError, DataError: Something that a gate needs is missing.
     """
     check_tasks(gates)
-    return {
-        name: text_data.read_documents(
+    return {name: _read_text(name, gate, gates) for name, gate in gates.gates.items() if not isinstance(gate, TaskGate)}
+
+
+def _read_text(name: str, gate: PerplexityGate | RetentionGate, gates: Gates) -> list[str]:
+    try:
+        return text_data.read_documents(
             gates.paths(gate),
             text_column=gate.text_column,
             document_separator=gate.document_separator,
             encoding=gate.encoding,
         )
-        for name, gate in gates.gates.items()
-        if not isinstance(gate, TaskGate)
-    }
+    except DataError as error:
+        raise DataError(f"the gate {name} can't be measured: {error}") from error
 
 
 def measure(

@@ -85,10 +85,12 @@ def policy_path() -> Path | None:
     to trust.
 
     Raises:
-        TrustError: It can't be looked for.
+        TrustError: It can't be looked for, or `NEUROGRAFT_TRUST` is empty.
     """
     given = os.environ.get(VARIABLE)
-    if given:
+    if given == "":  # from a script whose variable was not set, which must not mean that everybody is trusted
+        raise TrustError(f"--trust or {VARIABLE} is empty, so nothing is trusted; name a trust.toml, or leave it out.")
+    if given is not None:
         return Path(given)
     path = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "neurograft" / "trust.toml"
     try:
@@ -115,7 +117,25 @@ def read_policy(path: Path) -> Policy:
         raise TrustError(f"{path}: {_explain(error)}.") from error
     except (ValueError, RecursionError) as error:
         raise TrustError(f"{path} is no TOML, so nothing is trusted: {error}.") from error
-    return _from(policy, path.absolute().parent)
+    policy = _from(policy, path.absolute().parent)
+    for name, signer in policy.signers.items():
+        _require_file(path, name, signer)
+    return policy
+
+
+def _require_file(path: Path, name: str, signer: Signer) -> None:
+    """Refuse a signer whose file is not there, before it is needed: the sentence then says which `trust.toml` it is of.
+
+    Raises:
+        TrustError: It is not.
+    """
+    for kind in ("key", "certificate"):
+        file = getattr(signer, kind)
+        if file is not None and not file.is_file():
+            raise TrustError(
+                f"{path} names {file} as the {kind} of the signer {name}, and there is no such file; mend the path "
+                "there, which is relative to the trust.toml."
+            )
 
 
 def _explain(error: ValidationError) -> str:

@@ -226,6 +226,12 @@ def _failing(path: Path, signer: Signer) -> Iterator[None]:
                 f"{path} was altered after {signer} signed it: its bytes are not those that were signed; get it anew, "
                 "or have it signed again."
             ) from error
+        if signer.certificate is not None and "not yet valid" in str(error):
+            raise TrustError(
+                f"the signature of {path} by {signer} can't be checked: a certificate in {signer.certificate} began "
+                "only after theirs did, for which it has to vouch; if it was renewed, keep the older one there as "
+                "well, or ask for a signature with a certificate that is younger than it."
+            ) from error
         if signer.certificate is not None and type(error).__name__ == "X509StoreContextError":
             raise TrustError(
                 f"the certificate of {signer} that {path} is signed with descends from none in {signer.certificate} "

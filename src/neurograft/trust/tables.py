@@ -55,4 +55,6 @@ def _caption(report: ClaimsReport) -> Text:
         text += "; open: the interval is too wide to tell, give more text"
     if any(claim.verdict == "not measured" for claim in report.claims):
         text += "; not measured: give --general"
+    if "general" in report.evaluation.data and all(claim.kind != "retention" for claim in report.claims):
+        text += "; the manifest claims nothing of general text, which is measured below all the same"
     return Text(text)
