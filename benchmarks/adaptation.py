@@ -32,6 +32,8 @@ CASES: dict[str, tuple[str, int, int | None, str, int, int]] = {
     "dictionary-500k": ("dictionary", LONG, 122_880, "organ,lora", 1, 1),
     "clinical-60k, whole weights": ("clinical", SHORT, None, "organ,lora", 3, 4),
     "clinical-60k, all parameters": ("clinical", SHORT, None, "full", 3, 4),
+    "clinical-60k, anchored": ("clinical", SHORT, None, "organ,lora", 3, 4),
+    "dictionary-60k, anchored": ("dictionary", SHORT, None, "organ,lora", 3, 4),
 }
 SPACES: dict[str, dict[str, Any]] = {
     "organ": {
@@ -51,6 +53,16 @@ WHOLE_WEIGHTS: dict[str, Any] = {
 }
 
 
+# Of both methods in the cases of that name: what they start from holds back what trains.
+_ANCHORED: dict[str, Any] = {
+    "lr": {"low": 1e-3, "high": 4e-3},
+    "rank": [32],
+    "vocabulary": ["sampled"],
+    "anchor": [3, 10, 30],
+}
+ANCHORED: dict[str, dict[str, Any]] = {"organ": {**_ANCHORED, "layers": ["0:30"]}, "lora": _ANCHORED}
+
+
 def main() -> None:
     """Measure the named cases, or all, and put what is finished into one file."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -62,7 +74,7 @@ def main() -> None:
         results[name] = report
         content = {
             "run": describe_run("python benchmarks/adaptation.py"),
-            "search": {**SPACES, "whole weights": WHOLE_WEIGHTS},
+            "search": {**SPACES, "whole weights": WHOLE_WEIGHTS, "anchored": ANCHORED},
             "cases": results,
         }
         RESULT.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -107,7 +119,7 @@ def _spaces(case: str, methods: list[str]) -> dict[str, dict[str, Any]]:
     """Return what is searched for each method: for a long case, only what the short one of its domain chose."""
     short = case.replace("-500k", "-60k")
     if short == case:
-        spaces = {method: SPACES[method] for method in methods}
+        spaces = {method: (ANCHORED if case.endswith("anchored") else SPACES)[method] for method in methods}
         return {**spaces, "organ": WHOLE_WEIGHTS} if case.endswith("whole weights") else spaces
     found = json.loads(RESULT.read_text(encoding="utf-8"))["cases"][short]["methods"]
     chosen = {each["method"]: each["settings"] for each in found}

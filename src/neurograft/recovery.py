@@ -6,26 +6,36 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from neurograft import data as text_data
-from neurograft import evaluation, probe, ranks
+from neurograft import evaluation, probe
 from neurograft.anatomy import describe
 from neurograft.errors import ModelError, UsageError
 from neurograft.evaluation import DataSetResult
 from neurograft.files import atomic_directory, check_output_directory
-from neurograft.manifest import Evaluation, Recovery, Scope, SurgicalRecord, Training, Unfreeze
+from neurograft.manifest import ChangedLayer, Evaluation, Recovery, Scope, SurgicalRecord, Training, Unfreeze
 from neurograft.models import ModelDirectory, load_config, load_model_and_unused, load_tokenizer, resolve
 from neurograft.organ import check_organ_output, now
 from neurograft.recovery_files import recovered_organ, take_over_written, write_record, write_recovered
 from neurograft.training.loop import ProgressCallback, Texts
 from neurograft.training.options import TrainingOptions, fit_to_model, parse_options
+from neurograft.training.processes import Processes, one_by_one, starting_device, whole_weights
 from neurograft.training.protocols import NO_EFFECT, hyperparameters_of, read_texts, versions
-from neurograft.training.recovery import Recovered, RecoveryPlan, plan_recovery, stage_path, train_stages
+from neurograft.training.recovery import (
+    Recovered,
+    RecoveryPlan,
+    give_values,
+    plan_recovery,
+    stage_path,
+    train_stages,
+    trained_values,
+)
 from neurograft.training.search import NO_MEANING_FOR_RECOVERY
 from neurograft.transplanted import Transplanted
 from neurograft.undoing import refuse_entangled
@@ -99,13 +109,11 @@ def recover(
         KeyboardInterrupt: The run was interrupted. It saved its state as `<output>.resume`, from which the same call
             goes on, on CPUs to the same bits as if it had never stopped.
     """
-    ranks.refuse_several("recover")
     chosen = _parse(options)
-    output = Path(output)
-    source = resolve(directory, trust_remote_code=trust_remote_code)
-    check_output_directory(output, overwrite=overwrite, inputs=[source.path])
-    if save_organ is not None:
-        _check_organ_file(Path(save_organ), output, source.path, overwrite=overwrite)
+    output, processes = Path(output), Processes()
+    with one_by_one():
+        source = resolve(directory, trust_remote_code=trust_remote_code)
+    processes.on_first(lambda: _check_outputs(output, save_organ, source.path, overwrite=overwrite))
     case = Transplanted.open(source, organ, trust_remote_code)
     chosen = fit_to_model(chosen, load_config(source, trust_remote_code=trust_remote_code), source.name)
     plan = _plan(case, scope, neighbours, unfreeze, alone=save_organ is not None)
@@ -113,18 +121,15 @@ def recover(
     texts = read_texts(data, eval_data, chosen, reading)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     log.info("loading %s", source.name)
-    model, unused = load_model_and_unused(source, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    torch.nn.Module.to(model, torch.accelerator.current_accelerator() or torch.device("cpu"))
-    path = describe(model).layers_path
-    answers = probe.probe_layers(model, path)
+    model, unused = _load(source, {}, trust_remote_code)
+    answers = probe.probe_layers(model, describe(model).layers_path)
 
-    def measure() -> DataSetResult | None:
+    def measure(model: PreTrainedModel) -> DataSetResult | None:
         return None if general is None else _measure(model, tokenizer, general, chosen, reading)
 
-    general_before = measure()
+    before = processes.only_first(lambda: measure(model))
     trained = train_stages(
         model,
-        list(model.get_submodule(path).children()),
         plan,
         texts,
         tokenizer,
@@ -132,31 +137,85 @@ def recover(
         output=output,
         key=_run_key(case, plan, texts, chosen),
         progress=progress,
+        again=lambda values: _load(source, values, trust_remote_code)[0],
     )
-    with atomic_directory(output, overwrite=overwrite) as temporary:
-        log.info("writing %s", output)
-        written = ModelDirectory(temporary, output.name)
-        changed, digests = write_recovered(case, model, plan, answers, temporary)
-        log.info("loading the result to verify it")
-        take_over_written(model, case, plan, written, unused, trust_remote_code)
-        recovery = Recovery(
-            organ=case.name,
-            scope=plan.scope,
-            neighbours=plan.neighbours,
-            unfreeze=plan.unfreeze,
-            stages=trained.stages,
-            changed=changed,
-            training=_training(case, texts, chosen, trained),
-            evaluations=_evaluations(texts, trained, general_before, measure()),
-            when=now(),
-        )
-        record = write_record(case, recovery, digests, temporary)
-        if save_organ is not None:
-            after = probe.probe_layers(model, path)
-            recovered_organ(case, record, written, after, trust_remote_code).save(save_organ, overwrite=overwrite)
-    for number in range(len(plan.stages)):
-        stage_path(output, number, len(plan.stages)).unlink(missing_ok=True)
-    return record
+    gathered = trained_values(trained.last.model, plan) if processes.sharded else {}
+    with ExitStack() as stack:
+
+        def write() -> tuple[Path, PreTrainedModel, list[ChangedLayer], dict[str, str]]:
+            log.info("writing %s", output)
+            whole = _load(source, gathered, trust_remote_code)[0] if processes.sharded else trained.last.model
+            temporary = stack.enter_context(atomic_directory(output, overwrite=overwrite))
+            changed, digests = write_recovered(case, whole, plan, answers, temporary)
+            log.info("loading the result to verify it")
+            written = ModelDirectory(temporary, output.name)
+            take_over_written(whole, case, plan, written, unused, trust_remote_code)
+            return temporary, whole, changed, digests
+
+        files = processes.only_first(write)
+        _take_over_everywhere(processes, trained.last.model, files and files[1], plan)
+        held_out = trained.last.held_out_loss()
+
+        def finish() -> tuple[str, dict[str, torch.Tensor]]:
+            assert files is not None
+            temporary, whole, changed, digests = files
+            recovery = Recovery(
+                organ=case.name,
+                scope=plan.scope,
+                neighbours=plan.neighbours,
+                unfreeze=plan.unfreeze,
+                stages=trained.stages,
+                changed=changed,
+                training=_training(case, texts, chosen, trained),
+                evaluations=_evaluations(texts, trained, held_out, before, measure(whole)),
+                when=now(),
+            )
+            record = write_record(case, recovery, digests, temporary)
+            if save_organ is not None:
+                after = probe.probe_layers(whole, describe(whole).layers_path)
+                written = ModelDirectory(temporary, output.name)
+                recovered_organ(case, record, written, after, trust_remote_code).save(save_organ, overwrite=overwrite)
+            return record.model_dump_json(), {}
+
+        text, _ = processes.from_first(finish)
+    processes.on_first(lambda: _forget_states(output, len(plan.stages)))
+    return SurgicalRecord.model_validate_json(text)
+
+
+def _check_outputs(output: Path, organ: str | Path | None, source: Path, *, overwrite: bool) -> None:
+    check_output_directory(output, overwrite=overwrite, inputs=[source])
+    if organ is not None:
+        _check_organ_file(Path(organ), output, source, overwrite=overwrite)
+
+
+def _load(
+    source: ModelDirectory, values: Mapping[str, torch.Tensor], trust_remote_code: bool
+) -> tuple[PreTrainedModel, set[str]]:
+    """Load the transplanted model and give parameters the values that they have by now; see `load_model_and_unused`."""
+    with whole_weights():
+        model, unused = load_model_and_unused(source, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    torch.nn.Module.to(model, starting_device())
+    give_values(model, values)
+    return model, unused
+
+
+def _take_over_everywhere(
+    processes: Processes, model: PreTrainedModel, whole: PreTrainedModel | None, plan: RecoveryPlan
+) -> None:
+    """Give the model of each process the weights as the first one's are by now, which has them from the files."""
+    if processes.count == 1:
+        return
+
+    def values() -> tuple[str, dict[str, torch.Tensor]]:
+        assert whole is not None
+        return "", trained_values(whole, plan)
+
+    give_values(model, processes.from_first(values)[1])
+
+
+def _forget_states(output: Path, stages: int) -> None:
+    for number in range(stages):
+        stage_path(output, number, stages).unlink(missing_ok=True)
 
 
 def _parse(options: dict[str, Any]) -> TrainingOptions:
@@ -263,7 +322,7 @@ def _training(case: Transplanted, texts: Texts, options: TrainingOptions, traine
 
 
 def _evaluations(
-    texts: Texts, trained: Recovered, before: DataSetResult | None, after: DataSetResult | None
+    texts: Texts, trained: Recovered, held_out_loss: float, before: DataSetResult | None, after: DataSetResult | None
 ) -> list[Evaluation]:
     """Return what was measured before and after, the latter with the weights as they were written."""
     held_out = Evaluation(
@@ -271,7 +330,7 @@ def _evaluations(
         documents=len(texts.held_out),
         tokens=trained.last.batches.held_out.tokens,
         before=math.exp(min(trained.before, 700)),
-        after=math.exp(min(trained.last.held_out_loss(), 700)),
+        after=math.exp(min(held_out_loss, 700)),
     )
     if before is None or after is None:
         return [held_out]

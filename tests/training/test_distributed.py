@@ -14,9 +14,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from together import KINDS, OPTIONS
+from together import KINDS, OPTIONS, RECOVERY
 
-from neurograft import extract, graft, train
+from neurograft import extract, graft, recover, remove, train, transplant
 from neurograft.organ import read_organ
 from neurograft.training.run_state import state_path
 from tiny import load, logits, make_model, make_tokenizer, save_model
@@ -33,7 +33,7 @@ TOLERANCE = 1e-4
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models, organs and text for all tests."""
     folder, generator = tmp_path_factory.mktemp("together"), random.Random(0)
-    for name, count in (("text", 12), ("held-out", 3)):
+    for name, count in (("text", 12), ("held-out", 3), ("general", 4)):
         documents = (" ".join(generator.choices(["liver", "kidney", "heart", "lung"], k=12)) for _ in range(count))
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     (folder / "other.txt").write_text("XKCD (QED) = 100%!\n\nZYX * WVU / TSR; 73 + 12?")
@@ -47,6 +47,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         changes: dict[str, Any] = gpt2 if kind in ("gpt2", "dropout") else {}
         host = save_model(folder / kind, "gpt2" if kind == "dropout" else kind, **changes)
         extract(host, layers=(2, 4), name="tiny", output=folder / f"{kind}-organ.safetensors")
+    transplant(
+        folder / "llama-organ.safetensors", save_model(folder / "recipient", "llama", seed=1), at=2, mode="insert",
+        output=folder / "transplanted",
+    )  # fmt: skip
     return folder
 
 
@@ -154,6 +158,32 @@ def test_one_process_goes_on_from_what_two_left(together: Any) -> None:
     assert steps[0] == 4 and steps[-1] == first["dropout"]["steps"]
     # Dropout is drawn apart by each process, so only about the same can come out.
     assert organ.manifest.evaluations[0].after == pytest.approx(first["dropout"]["after"], rel=0.05)
+
+
+def test_a_recovery_is_that_of_one_process(together: Any, folder: Path, tmp_path: Path) -> None:
+    _, own, answers = together
+    losses: list[float] = []
+    record = recover(
+        folder / "transplanted", data=folder / "text.jsonl", eval_data=folder / "held-out.jsonl",
+        general=folder / "general.jsonl", output=tmp_path / "alone", progress=lambda p: losses.append(p.loss),
+        **RECOVERY,
+    )  # fmt: skip
+    expected = record.recoveries[-1]
+    assert answers[0]["recovered"]["losses"] == pytest.approx(losses, rel=TOLERANCE) and len(losses) == 7
+    for found in (each["recovered"] for each in answers):
+        assert found["stages"] == [stage.model_dump() for stage in expected.stages]
+        for one, other in zip(found["evaluations"], expected.evaluations, strict=True):
+            assert one["before"] == pytest.approx(other.before, rel=TOLERANCE)
+            assert one["after"] == pytest.approx(other.after, rel=TOLERANCE)
+    for found in answers:
+        assert "stopped after step 2 of 4" in found["recovery_interrupted"]
+        assert found["recovery_gone_on"]["digest"] == found["recovered"]["digest"]
+    result = remove(own / "recovered", output=tmp_path / "back")
+    assert result.original_restored and result.tensors_digest == record.original_tensors_digest
+    assert read_organ(own / "recovered.safetensors").manifest.evaluations[0].after == pytest.approx(
+        expected.evaluations[0].after, rel=TOLERANCE
+    )
+    assert not list(own.glob("recovered*.resume")) and not list(own.glob(".recovered*"))
 
 
 def test_all_stop_early_together(together: Any) -> None:

@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from neurograft import ranks, train
+from neurograft import ranks, recover, train
 from neurograft.errors import UsageError
 from neurograft.files import tensors_digest
 from neurograft.models import load_model, load_tokenizer
@@ -28,6 +28,10 @@ from neurograft.training.processes import Processes
 OPTIONS: dict[str, Any] = {
     "epochs": 3, "sequence_length": 16, "batch_size": 5, "accumulate": 2, "evaluations": 3, "patience": 9,
     "cache_prefix": "always", "precision": "float32", "lr": 1e-3,
+}  # fmt: skip
+RECOVERY: dict[str, Any] = {
+    "scope": "neighbours", "unfreeze": "gradual", "steps": 7, "sequence_length": 16, "batch_size": 5, "evaluations": 2,
+    "precision": "float32", "lr": 1e-3, "cache_prefix": "always",
 }  # fmt: skip
 KINDS = ("llama", "gpt2", "qwen3_moe")
 
@@ -44,6 +48,9 @@ def main(folder: Path) -> None:
     found["interrupted"] = _interrupted(folder, "again.safetensors")
     found["gone_on"] = _train(folder, "dropout", "again.safetensors")
     found["interrupted_again"] = _interrupted(folder, "later.safetensors")  # left for one process to go on from
+    found["recovered"] = _recover(folder, "recovered")
+    found["recovery_interrupted"] = _interrupt_recovery(folder, "recovered-again")
+    found["recovery_gone_on"] = _recover(folder, "recovered-again")
     found["early"] = _train(
         folder, "llama", "early.safetensors", eval_data=folder / "other.txt", steps=60, epochs=None, evaluations=30,
         patience=1,
@@ -82,6 +89,34 @@ def _interrupted(folder: Path, output: str) -> str:
 
     try:
         _train(folder, "dropout", output, interrupt)
+    except KeyboardInterrupt as error:
+        return str(error)
+    return "not interrupted"
+
+
+def _recover(folder: Path, output: str, progress: Any = None) -> dict[str, Any]:
+    losses: list[float] = []
+    record = recover(
+        folder / "transplanted", data=folder / "text.jsonl", eval_data=folder / "held-out.jsonl",
+        general=folder / "general.jsonl", output=folder / output, save_organ=folder / f"{output}.safetensors",
+        progress=progress or (lambda p: losses.append(p.loss)), **RECOVERY,
+    )  # fmt: skip
+    done = record.recoveries[-1]
+    return {
+        "losses": losses, "evaluations": [each.model_dump() for each in done.evaluations],
+        "stages": [stage.model_dump() for stage in done.stages], "digest": record.tensors_digest,
+    }  # fmt: skip
+
+
+def _interrupt_recovery(folder: Path, output: str) -> str:
+    """Interrupt the first process in the second stage."""
+
+    def interrupt(progress: TrainingProgress) -> None:
+        if progress.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    try:
+        _recover(folder, output, interrupt)
     except KeyboardInterrupt as error:
         return str(error)
     return "not interrupted"

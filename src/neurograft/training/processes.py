@@ -13,7 +13,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+Result = TypeVar("Result")
 _FOREIGN = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
@@ -113,12 +114,18 @@ class Processes:
 
     def on_first(self, action: Callable[[], object]) -> None:
         """Let the first process do something; all wait for it, and raise what it raises."""
+        self.only_first(action)
+
+    def only_first(self, action: Callable[[], Result]) -> Result | None:
+        """Do what `on_first` does, and return what came of it; `None` in the other processes."""
+        results: list[Result] = []
 
         def act() -> tuple[str, Mapping[str, torch.Tensor]]:
-            action()
+            results.append(action())
             return "", {}
 
         self.from_first(act)
+        return results[0] if results else None
 
     def _broadcast(self, tensor: torch.Tensor | None, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
         device = self.accelerator.device

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from neurograft import ranks
+from neurograft.anatomy import describe
 from neurograft.errors import ModelError, UsageError
 from neurograft.manifest import Scope, Stage, Unfreeze
+from neurograft.sharding import fill, whole
 from neurograft.training.loop import Batches, ProgressCallback, Texts, Trainee, TrainingRun
 from neurograft.training.options import TrainingOptions
 from neurograft.training.run_state import RunState, state_path
@@ -156,9 +159,27 @@ class Recovered:
     """The run of the last stage, which can still measure the held-out loss."""
 
 
+def trained_values(model: PreTrainedModel, plan: RecoveryPlan) -> dict[str, torch.Tensor]:
+    """Return copies of all parameters of the layers in which something trains, whole; all processes must ask at once.
+
+    Returns:
+        Name in the model -> values, on the CPU.
+    """
+    path = describe(model).layers_path
+    prefixes = tuple(f"{path}.{number}." for number in plan.layers)
+    parameters = ((name, each) for name, each in model.named_parameters() if name.startswith(prefixes))
+    return {name: whole(each.detach()).to("cpu", copy=True) for name, each in parameters}
+
+
+def give_values(model: PreTrainedModel, values: Mapping[str, torch.Tensor]) -> None:
+    """Give parameters of a model, which may be spread over the processes, the values that belong to their names."""
+    parameters = dict(model.named_parameters())
+    for name, value in values.items():
+        fill(parameters[name], value)
+
+
 def train_stages(
     model: PreTrainedModel,
-    layers: Sequence[nn.Module],
     plan: RecoveryPlan,
     texts: Texts,
     tokenizer: Any,
@@ -167,15 +188,16 @@ def train_stages(
     output: Path,
     key: str,
     progress: ProgressCallback | None,
+    again: Callable[[Mapping[str, torch.Tensor]], PreTrainedModel],
 ) -> Recovered:
     """Train stage after stage.
 
     A stage that an interruption cut short goes on from its own state; the stages before it run again from theirs, to
-    the same bits, so that no weights but those of a running stage have to be kept.
+    the same bits, so that no weights but those of a running stage have to be kept. With several processes each stage
+    has a model of its own, since one that DDP or FSDP2 took hold of can't be made ready for other layers.
 
     Args:
         model: The transplanted model, in evaluation mode.
-        layers: All its decoder layers.
         plan: What trains.
         texts: What it trains on.
         tokenizer: The model's.
@@ -183,29 +205,32 @@ def train_stages(
         output: What is to be written; the states lie beside it.
         key: Digest of what the run depends on.
         progress: Called after each step, with steps counted over all stages.
+        again: Loads the transplanted model once more, and gives parameters the values that they have by now.
 
     Raises:
         UsageError: The budget has fewer steps than there are stages, or another run left its state.
         NeurograftError: The loss is not finite any more.
     """
     count = len(plan.stages)
-    whole = Batches.build(texts, tokenizer, options)
-    shares = [whole.steps] if count == 1 else share_steps(whole.steps, count)
-    start: list[torch.Tensor] = []
-    if count > 1 and options.strength < 1:
-        start = [p.detach().clone() for p in plan.trainee(layers, count - 1).parameters]
+    batches = Batches.build(texts, tokenizer, options)
+    shares = [batches.steps] if count == 1 else share_steps(batches.steps, count)
+    start = trained_values(model, plan) if count > 1 and options.strength < 1 else {}
     stages: list[Stage] = []
     states: list[RunState] = []
     losses: list[tuple[int, float]] = []
     for number, share in enumerate(shares):
         done, seconds = sum(state.step for state in states), sum(state.seconds for state in states)
         own = options if count == 1 else _options_of_stage(options, share, number)
+        if number and ranks.several():
+            model = again(trained_values(model, plan))
+        layers = list(model.get_submodule(describe(model).layers_path).children())
         trainee = plan.trainee(layers, number)
+        size = sum(parameter.numel() for parameter in trainee.parameters)
         log.info("training layers %s (stage %d of %d)", plan.stages[number], number + 1, count)
         run = TrainingRun(
             model,
             trainee,
-            whole if count == 1 else Batches.build(texts, tokenizer, own),
+            batches if count == 1 else Batches.build(texts, tokenizer, own),
             own,
             progress=_counted(progress, done, sum(shares), seconds),
             resume=stage_path(output, number, count),
@@ -214,15 +239,14 @@ def train_stages(
         run.train()
         states.append(run.state)
         losses += [(done + step, loss) for step, loss in run.state.losses]
-        stages.append(_stage(plan.stages[number], trainee, run.state))
+        stages.append(_stage(plan.stages[number], size, run.state))
     if start:
-        _go_part_of_the_way(start, plan.trainee(layers, count - 1).parameters, options.strength)
+        _go_part_of_the_way(start, model, plan, options.strength)
     return Recovered(stages, sum(state.seconds for state in states), states[0].held_out[0][1], losses, run)
 
 
-def _stage(layers: list[int], trainee: Trainee, state: RunState) -> Stage:
-    parameters = sum(parameter.numel() for parameter in trainee.parameters)
-    return Stage(layers=layers, parameters=parameters, steps=state.step, tokens_seen=state.tokens_seen)
+def _stage(layers: list[int], size: int, state: RunState) -> Stage:
+    return Stage(layers=layers, parameters=size, steps=state.step, tokens_seen=state.tokens_seen)
 
 
 def _options_of_stage(options: TrainingOptions, steps: int, number: int) -> TrainingOptions:
@@ -231,11 +255,12 @@ def _options_of_stage(options: TrainingOptions, steps: int, number: int) -> Trai
     return options.model_copy(update=update)
 
 
-def _go_part_of_the_way(start: list[torch.Tensor], parameters: Sequence[nn.Parameter], strength: float) -> None:
+def _go_part_of_the_way(
+    start: Mapping[str, torch.Tensor], model: PreTrainedModel, plan: RecoveryPlan, strength: float
+) -> None:
     """Keep a share of the way from where all stages began; each stage by itself keeps all of it."""
-    with torch.no_grad():
-        for first, parameter in zip(start, parameters, strict=True):
-            parameter.copy_(torch.lerp(first, parameter, strength))
+    last = trained_values(model, plan)
+    give_values(model, {name: torch.lerp(first, last[name], strength) for name, first in start.items()})
 
 
 def _counted(progress: ProgressCallback | None, done: int, steps: int, seconds: float) -> ProgressCallback | None:
