@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from neurograft.files import counted
 from neurograft.study import cross_domain_report, paper_report
 from neurograft.study.paper_results import PaperReport
 
@@ -222,7 +223,8 @@ def adaptation_section(result: dict[str, Any]) -> str:
         rows += [_method_row(method) for method in methods.values()]
         parts.append(
             f"### {name}\n\n{report['tokens']:,} training tokens, {report['passes']:g} passes through the text, "
-            f"{len(report['seeds'])} seeds, {report['trials_each']} trials of {report['search_tokens']:,} tokens for "
+            f"{counted(len(report['seeds']), 'seed')}, {counted(report['trials_each'], 'trial')} of "
+            f"{report['search_tokens']:,} tokens for "
             f"each method, {report['machine']}.\n\n"
             + table(
                 ["method", "domain", "general", "seconds", "to LoRA's quality, s", "memory beyond model, MB",

@@ -50,7 +50,7 @@ def test_an_organ_over_another_is_removed_before_it(twice: Path, organ: Organ, t
 
 
 def test_unknown_organ(twice: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no organ named third; it holds tiny, second"):
+    with pytest.raises(UsageError, match="no organ named 'third'; it holds tiny, second"):
         remove(twice, organ="third", output=tmp_path / "x")
 
 

@@ -81,4 +81,5 @@ def first_line(error: BaseException) -> str:
     """Return what an error of a library says in one line, without a full stop; its kind where it says nothing."""
     if isinstance(error, OSError) and error.strerror:  # which leaves out number and path
         return error.strerror
-    return next(iter(str(error).strip().splitlines()), "").strip().rstrip(".") or type(error).__name__
+    line = next(iter(str(error).strip().splitlines()), "").strip()
+    return line.removeprefix("Got: ").rstrip(".") or type(error).__name__  # so huggingface_hub begins some

@@ -39,7 +39,7 @@ def choose_operation(record: SurgicalRecord, organ: str | None) -> Operation:
     if organ is None:
         raise UsageError(f"the model holds several organs ({', '.join(names)}); say which one with --organ.")
     if organ not in names:
-        raise UsageError(f"the model holds no organ named {organ}; it holds {', '.join(names)}.")
+        raise UsageError(f"the model holds no organ named {organ!r}; it holds {', '.join(names)}.")
     return record.operations[names.index(organ)]
 
 

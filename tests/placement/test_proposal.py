@@ -265,7 +265,7 @@ class TestRefusals:
         "budget", ["memory", "memory=", "memory=much", "disk=3", "seconds=-1", "seconds=0", "bytes=1X"]
     )
     def test_a_budget_that_can_not_be_read(self, budget: str) -> None:
-        with pytest.raises(UsageError, match="can't be read; write NAME=AMOUNT with tokens, seconds, memory, bytes"):
+        with pytest.raises(UsageError, match="is none; write NAME=AMOUNT above 0 with tokens, seconds, memory, bytes"):
             parse_budget([budget])
 
     def test_amounts(self) -> None:
@@ -309,7 +309,7 @@ class TestCommand:
 
     def test_failure(self, recipient: Path, text: Path) -> None:
         result = RUNNER.invoke(app, ["plan", str(recipient), "--data", str(text), "--budget", "all"])
-        assert result.exit_code == 2 and "the budget 'all' can't be read" in result.stderr
+        assert result.exit_code == 2 and "the budget 'all' is none; write" in result.stderr
 
 
 def test_the_text_is_never_overwritten(recipient: Path, text: Path) -> None:

@@ -171,4 +171,4 @@ def test_less_than_two_passes_are_said_to_tell_nothing_of_learning_by_heart(
 ) -> None:
     assert not any("passed over" in line for line in cross_domain_report.findings(done[0]))
     short = done[0].model_copy(update={"tokens": done[0].target_tokens})
-    assert "passed over 1.0 times" in cross_domain_report.findings(short)[0]
+    assert "passed over 1 times" in cross_domain_report.findings(short)[0]

@@ -309,7 +309,7 @@ def _recovered(two: Path, text: Path, tmp_path: Path, *around: tuple[str, str]) 
 def test_which_organ_must_be_said(two: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"several organs \(tiny, second\); say which one with --organ"):
         recover(two, data=text, output=tmp_path / "x", **QUICK)
-    with pytest.raises(UsageError, match="no organ named third; it holds tiny, second"):
+    with pytest.raises(UsageError, match="no organ named 'third'; it holds tiny, second"):
         recover(two, data=text, output=tmp_path / "x", organ="third", **QUICK)
 
 

@@ -141,7 +141,7 @@ def parse_budget(budget: Sequence[str] | Mapping[str, float]) -> dict[str, float
         match = _AMOUNT.match(amount)
         if name not in _LIMITS or match is None or float(match[1]) <= 0:
             raise UsageError(
-                f"the budget {text!r} can't be read; write NAME=AMOUNT with {', '.join(_LIMITS)}, such as memory=2GB."
+                f"the budget {text!r} is none; write NAME=AMOUNT above 0 with {', '.join(_LIMITS)}, such as memory=2GB."
             )
         if name in limits:
             raise UsageError(f"the budget of {name} is given twice.")

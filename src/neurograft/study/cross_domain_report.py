@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from neurograft.files import counted
 from neurograft.study.results import CONTROLS, ArmSummary, CrossDomainReport, GapPoint
 from neurograft.training.comparison_report import COLOURS, markdown_table, show
 
@@ -15,10 +16,11 @@ def conditions(report: CrossDomainReport) -> str:
     """Say in a paragraph what was done, and how."""
     options = report.options
     return (
-        f"{report.model} ({report.layer_count} layers): organs of {report.layers} layers, inserted at "
+        f"{report.model} ({report.layer_count} layers): organs of {counted(report.layers, 'layer')}, inserted at "
         f"{report.position}, each trained on {report.organ_tokens:,} tokens of its own domain; then {report.steps} "
         f"steps of {options['batch_size']} x {options['sequence_length']} tokens on {report.target_tokens:,} tokens of "
-        f"the target text ({report.tokens / report.target_tokens:.1f} passes), {len(report.seeds)} seeds, mean ± "
+        f"the target text ({report.tokens / report.target_tokens:.1f} passes), "
+        f"{counted(len(report.seeds), 'seed')}, mean ± "
         "standard deviation. The gap is the held-out loss less the loss on the text that trains, after the last step. "
         "Differences are of the best held-out loss on the way, each with the same seed; below zero, the row is better."
     )
@@ -29,13 +31,13 @@ def findings(report: CrossDomainReport) -> list[str]:
     sentences = []
     if report.tokens < _FEW_PASSES * report.target_tokens:
         sentences.append(
-            f"The target text was passed over {report.tokens / report.target_tokens:.1f} times, too little to be "
+            f"The target text was passed over {report.tokens / report.target_tokens:.2g} times, too little to be "
             "learnt by heart: what follows is of adapting to it, not of regularising."
         )
     for arm in report.arms:
         if arm.arm in CONTROLS or not arm.runs:
             continue
-        each = [f"{arm.lower.get(c, 0)} of {len(report.seeds)} seeds against {c}" for c in CONTROLS]
+        each = [f"{arm.lower.get(c, 0)} of {counted(len(report.seeds), 'seed')} against {c}" for c in CONTROLS]
         verdict = "yes" if report.regularises(arm.arm) else "no"
         sentences.append(
             f"Does an organ from {arm.arm} lower what the model can reach on held-out text of the target? {verdict}: "

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from neurograft.files import counted
 from neurograft.placement.results import Place, PlaceScore, ScanReport
 from neurograft.study import cross_domain_report
 from neurograft.study.paper_results import PaperReport, PositionStudy, Transfer
@@ -160,18 +161,14 @@ def conditions(report: PaperReport) -> str:
     """Say in a paragraph what was done, and how."""
     options = report.options
     return (
-        f"{report.model} ({report.layer_count} layers), organs of {_count(report.layers, 'layer')}, domains "
+        f"{report.model} ({report.layer_count} layers), organs of {counted(report.layers, 'layer')}, domains "
         f"{' and '.join(report.domains)}. {report.tokens:,} training tokens in all: {report.run_tokens:,} for each "
         f"organ, sibling and measured run, {report.recovery_tokens:,} for each recovery at a position, in steps of "
         f"{options['batch_size']} x {options['sequence_length']}. The comparison and the last question ran with "
-        f"{_count(len(report.seeds), 'seed')}, everything else once. All figures are of documents that nothing trained "
-        "on or was chosen by. A recovery that made things worse on held-out text of its own is not kept, and shows as "
-        "none. Intervals are 95 %, by bootstrap over documents."
+        f"{counted(len(report.seeds), 'seed')}, everything else once. All figures are of documents that nothing "
+        "trained on or was chosen by. A recovery that made things worse on held-out text of its own is not kept, and "
+        "shows as none. Intervals are 95 %, by bootstrap over documents."
     )
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def comparison_table(report: PaperReport) -> tuple[list[str], list[list[str]]]:

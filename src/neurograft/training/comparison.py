@@ -17,7 +17,7 @@ from neurograft import data as text_data
 from neurograft import ranks
 from neurograft.errors import DataError, NeurograftError, UsageError
 from neurograft.extraction import extract
-from neurograft.files import alone_in, atomic_file, explained_os_errors, refuse_overlap
+from neurograft.files import alone_in, atomic_file, counted, explained_os_errors, refuse_overlap
 from neurograft.identity import as_identity
 from neurograft.models import ModelDirectory, load_config, load_tokenizer, resolve
 from neurograft.training import measuring
@@ -420,7 +420,7 @@ def machine_name() -> str:
     import torch
 
     device = torch.accelerator.current_accelerator()
-    what = f"{torch.get_num_threads()} threads" if device is None else str(device)
+    what = counted(torch.get_num_threads(), "thread") if device is None else str(device)
     if device is not None and device.type == "cuda":
         what = torch.cuda.get_device_name()
     return f"{what}, {platform.machine()}, Python {platform.python_version()}"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from neurograft.files import human_bytes
+from neurograft.files import counted, human_bytes
 from neurograft.training.comparison_results import Comparison, MethodReport, Spread, Trial
 from neurograft.training.search import Settings
 
@@ -112,7 +112,7 @@ def _search_row(trial: Trial) -> list[str]:
 def conditions(report: Comparison) -> str:
     """Say in a paragraph what was compared, and how."""
     options, documents = report.options, report.documents
-    seeds = f"{len(report.seeds)} seed{'s' if len(report.seeds) > 1 else ''}"
+    seeds = counted(len(report.seeds), "seed")
     return (
         f"{report.model}: {report.steps} steps of {options['batch_size']} x {options['sequence_length']} tokens "
         f"({report.tokens:,} tokens, {report.passes:g} passes through {documents['training']:,} documents), {seeds}, "
