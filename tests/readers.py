@@ -101,7 +101,7 @@ def make_readers(folder: Path) -> list[Reader]:
         Reader("public key", "maker.pub", (DATA / "maker.pub").read_bytes(), key_hint),
         Reader(
             "trust.toml", "trust.toml", policy.read_bytes(),
-            lambda path: judge(old, read_manifest(old), read_policy(path), path),
+            lambda path: judge(old, read_manifest(old), read_policy(path), path, called="organ"),
         ),
         Reader("gates", "gates.yaml", gates.read_bytes(), read_gates, slowness=4),
         Reader(

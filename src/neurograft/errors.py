@@ -61,6 +61,10 @@ class NotInBankError(BankError, LookupError):
     """The bank has no such organ, version or tag."""
 
 
+class NoBankError(NotInBankError):
+    """There is no bank at all at this place."""
+
+
 class VersionExistsError(BankError):
     """The bank has this version already, with other bytes; versions never change."""
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from neurograft.errors import NeurograftError, UsageError
 
@@ -46,12 +46,13 @@ def counted(number: int, what: str) -> str:
 
 
 @contextmanager
-def atomic_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
+def atomic_file(path: Path, *, overwrite: bool, private: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling of `path` to write to; on success it becomes `path`, otherwise nothing is left.
 
     Args:
         path: Where the finished file goes.
         overwrite: Whether an existing file may be replaced.
+        private: Whether nobody but the user may read it.
 
     Raises:
         UsageError: `path` exists and `overwrite` is false, or its folder is missing.
@@ -61,7 +62,7 @@ def atomic_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
     with explained_os_errors(path), _folder_beside(path) as folder:
         temporary = folder / path.name
         yield temporary
-        temporary.chmod(_usual_mode(path.parent))
+        temporary.chmod(0o600 if private else _usual_mode(path.parent))
         fsync(temporary)
         check_output_file(path, overwrite=overwrite)  # another process may have written it meanwhile
         os.replace(temporary, path)
@@ -291,6 +292,19 @@ def _open_file(path: str, flags: int) -> int:
         return descriptor
     os.close(descriptor)
     raise OSError(errno.EINVAL, "it is no ordinary file", path)
+
+
+def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object, for `json.loads`, of which by itself the last of two values of one name would count.
+
+    Raises:
+        ValueError: A name stands in it twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = next(name for number, (name, _) in enumerate(pairs) if name in dict(pairs[:number]))
+        raise ValueError(f"{name} stands twice in one object")
+    return found
 
 
 @contextmanager

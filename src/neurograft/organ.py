@@ -19,6 +19,7 @@ from neurograft.files import (
     atomic_file,
     check_output_file,
     combine_digests,
+    distinct,
     require_space,
 )
 from neurograft.manifest import SCHEMA_VERSION, UNSEALED, VERSION_PATTERN, Manifest
@@ -277,10 +278,11 @@ def read_organ(path: str | Path, *, for_use: bool = True) -> Organ:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = organ_path(path)
     organ = open_organ(path, for_use=for_use)
+    assert organ.path is not None
+    path = organ.path
     try:
-        return Organ(organ.manifest, load_file(path), organ.path)
+        return Organ(organ.manifest, load_file(path), path)
     except (OSError, SafetensorError) as error:
         raise OrganFileError(f"{path} can't be read as a safetensors file: {error}.") from error
 
@@ -298,12 +300,12 @@ def open_organ(path: str | Path, *, for_use: bool = True) -> Organ:
     Raises:
         OrganFileError, TrustError: See `read_organ`.
     """
-    path = organ_path(path)
+    given, path = path, organ_path(path)
     manifest, pieces = _read_front(path)
     if for_use and manifest.file_digest not in _written:  # if it says so wrongly, its digest does not hold below
         from neurograft.trust.policy import require_trust
 
-        require_trust(path, manifest)
+        require_trust(path, manifest, called=str(given))
     size = path.stat().st_size
     digests: dict[str, str] = {}
     at_once(
@@ -396,7 +398,7 @@ def parse_manifest(text: str, path: Path) -> Manifest:
     from pydantic import ValidationError
 
     try:
-        data = json.loads(text)
+        data = json.loads(text, object_pairs_hook=distinct)
         version = data["schema_version"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise OrganFileError(f"the manifest in {path} can't be read: {type(error).__name__}: {error}.") from error

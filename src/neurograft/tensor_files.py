@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from neurograft.byte_moves import Bytes, FileRange, NewFile, Progress, write_files
 from neurograft.errors import ModelError
-from neurograft.files import tensor_hash
+from neurograft.files import distinct, tensor_hash
 
 if TYPE_CHECKING:
     import hashlib
@@ -136,18 +136,10 @@ def load_header(text: bytes) -> dict[str, Any]:
     Raises:
         ValueError: It is no JSON object, or two tensors have one name.
     """
-    header = json.loads(text, object_pairs_hook=_distinct)
+    header = json.loads(text, object_pairs_hook=distinct)
     if not isinstance(header, dict):
         raise ValueError("the header is no JSON object")
     return header
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        name = next(name for number, (name, _) in enumerate(pairs) if name in dict(pairs[:number]))
-        raise ValueError(f"{name} stands twice in the header")
-    return found
 
 
 def parse_header(

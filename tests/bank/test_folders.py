@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from neurograft.errors import (
     BankError,
     BankUnreachableError,
     NeurograftError,
+    NoBankError,
     NotInBankError,
     OrganFileError,
     UsageError,
@@ -124,7 +126,12 @@ def test_two_who_push_a_version_at_once(bank: str, save: Save, monkeypatch: pyte
         (UsageError, ["yank", "bank:tiny"], "does not say which version"),
         (UsageError, ["yank", "bank:tiny@1"], "1 is no whole version; write bank:tiny@1.0.0"),
         (UsageError, ["tag", "bank:tiny", "2.0"], "'2.0' is no tag"),
-        (NotInBankError, ["list", "nowhere"], "there is no bank at nowhere"),
+        (NoBankError, ["list", "nowhere"], "there is no bank at nowhere"),
+        (NoBankError, ["pull", "nowhere:tiny"], "there is no bank at nowhere"),
+        (UsageError, ["pull", ":tiny"], ":tiny names no bank"),
+        (UsageError, ["pull", "bank/tiny"], "write BANK:NAME@VERSION, such as bank:tiny"),
+        (UsageError, ["push", "ORGAN", "file.txt"], "file.txt is a file; give a folder"),
+        (UsageError, ["yank", "bank:tiny@1.0.0", "--reason", "x" * 501], "the reason has 501 characters"),
         (UsageError, ["yank", "bank:tiny@1.0.0", "--undo"], "bank:tiny@1.0.0 is not yanked"),
         (UsageError, ["push", "ORGAN", "bank:ti ny"], "'ti ny' is no organ's name"),
         (NotInBankError, ["pull", "bank:other"], "bank has no organ other; it has tiny."),
@@ -145,6 +152,7 @@ def test_refusals_are_one_sentence(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     neurograft.push(save(), "bank")
+    (tmp_path / "file.txt").touch()
     result = CliRunner().invoke(app, [str(save()) if word == "ORGAN" else word for word in words] + ["--json"])
     error = json.loads(result.stdout)["error"]
     assert result.exit_code == 2 and error["kind"] == kind.__name__
@@ -223,6 +231,63 @@ def test_an_altered_catalogue_is_refused(bank: str, save: Save, altered: str) ->
         stream.write(altered)
     with pytest.raises(BankDigestError, match="altered"):
         neurograft.versions(f"{bank}:tiny")
+
+
+def test_a_broken_mark_keeps_nobody_from_the_rest(bank: str, save: Save, tmp_path: Path) -> None:
+    for version in ("1.0.0", "2.0.0", "3.0.0"):
+        neurograft.push(save(version), bank)
+    neurograft.tag(f"{bank}:tiny@1.0.0", "stable")
+    neurograft.yank(f"{bank}:tiny@2.0.0", reason="wrong text")
+    for place in ("tags/stable", "yanked/2.0.0", "versions/3.0.0"):
+        with fsspec.open(f"{bank}/tiny/{place}.json", "w") as stream:
+            stream.write("garbage")
+    assert [(v.version, v.yanked) for v in neurograft.versions(f"{bank}:tiny").versions] == [
+        ("1.0.0", None), ("2.0.0", "the reason can't be read")
+    ]  # fmt: skip
+    assert [organ.name for organ in neurograft.list(bank).organs] == ["tiny"]
+    neurograft.pull(f"{bank}:tiny@1.0.0", output=tmp_path / "out.safetensors")
+    with pytest.raises(YankedError, match="the reason can't be read"):
+        neurograft.pull(f"{bank}:tiny@2.0.0", output=tmp_path / "out.safetensors", overwrite=True)
+    neurograft.tag(f"{bank}:tiny@1.0.0", "stable")
+    neurograft.yank(f"{bank}:tiny@2.0.0", undo=True)
+    assert neurograft.pull(f"{bank}:tiny@stable", output=tmp_path / "again.safetensors").entry.version == "1.0.0"
+    assert neurograft.pull(f"{bank}:tiny@2", output=tmp_path / "two.safetensors").entry.version == "2.0.0"
+
+
+def test_a_lost_or_damaged_file_is_sent_again(bank: str, save: Save, tmp_path: Path) -> None:
+    file = save()
+    entry = neurograft.push(file, bank).entry
+    place, content = f"{bank}/tiny/files/{entry.sha256}.safetensors", file.read_bytes()
+    assert not neurograft.push(file, bank).restored
+    damaged = bytes([content[0] ^ 1]) + content[1:]
+    for left in (content[:1000], damaged) if "memory" not in bank else (content[:1000],):
+        with fsspec.open(place, "wb") as stream:
+            stream.write(left)
+        pushed = neurograft.push(file, bank)
+        assert pushed.already_there and pushed.restored
+        pulled = neurograft.pull(f"{bank}:tiny", output=tmp_path / "out.safetensors", overwrite=True)
+        assert Path(pulled.path).read_bytes() == content
+        shutil.rmtree(cache_directory())
+
+
+def test_a_file_that_was_cut_off_is_said_to_be(bank: str, save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downloads, "_PAUSE_SECONDS", 0)
+    file = save()
+    entry = neurograft.push(file, bank).entry
+    with fsspec.open(f"{bank}/tiny/files/{entry.sha256}.safetensors", "wb") as stream:
+        stream.write(file.read_bytes()[:1000])
+    with pytest.raises(BankDigestError, match=r"was cut off: it has 1,000 of its .* bytes; push the organ again"):
+        neurograft.pull(f"{bank}:tiny")
+
+
+def test_what_strangers_wrote_does_not_steer_a_terminal(bank: str, save: Save) -> None:
+    neurograft.push(save("1.0.0", "fine\x1b[2K\x1b[32mtrusted \u202efdp"), bank)
+    neurograft.yank(f"{bank}:tiny@1.0.0", reason="bad\x1b[2Kgood")
+    words = (["inspect", str(save("1.0.0", "fine\x1b[2K\x1b[32mtrusted \u202efdp"))], ["versions", f"{bank}:tiny"])
+    for command in (*words, ["pull", f"{bank}:tiny@1.0.0"]):
+        result = CliRunner().invoke(app, command)
+        shown = result.stdout + result.stderr
+        assert "\x1b" not in shown and "\u202e" not in shown and "\\x1b[2K" in shown
 
 
 def test_an_entry_about_another_version_is_refused(tmp_path: Path, save: Save) -> None:

@@ -66,9 +66,11 @@ def test_an_organ_or_a_whole_bank_is_asked_for_where_one_is_needed() -> None:
         with pytest.raises(UsageError, match="names one organ"):
             parse_root(text)
     assert parse_root("oci://host:5000/organs/") == "oci://host:5000/organs"
-    for tag in ("1.2", "", "yanked-1.2.0", "a/b"):
+    for tag in ("1.2", "", "a/b"):
         with pytest.raises(UsageError, match="is no tag"):
             check_tag(tag)
+    with pytest.raises(UsageError, match=r"'yanked-1\.2\.0' is one of those by which banks mark versions themselves"):
+        check_tag("yanked-1.2.0")
 
 
 def test_a_file_is_a_file(tmp_path: Path) -> None:
@@ -94,9 +96,11 @@ def test_a_selector_means_a_version(selector: str | None, version: str) -> None:
 
 def test_what_is_absent_or_yanked_is_refused() -> None:
     tags = {"stable": "1.2.2", "lost": "7.0.0"}
-    for selector in ("1.4", "3", "9.9.9", "nightly", "lost"):
+    for selector in ("1.4", "3", "9.9.9", "nightly"):
         with pytest.raises(NotInBankError, match=f"bank:x has no version or tag {selector}; it has .*1.10.0.*stable"):
             choose(Reference("bank", "x", selector), VERSIONS, tags)
+    with pytest.raises(NotInBankError, match=r"the tag lost of bank:x stands for 7.0.0, which is not there; there are"):
+        choose(Reference("bank", "x", "lost"), VERSIONS, tags)
     for selector in ("1.2.2", "stable"):
         with pytest.raises(YankedError, match=r"bank:x@1.2.2 was yanked \(wrong data\); choose another"):
             choose(Reference("bank", "x", selector), VERSIONS, tags)

@@ -220,7 +220,8 @@ def test_a_registry_with_bearer_tokens(organ: Organ, tmp_path: Path, monkeypatch
         _log_in(tmp_path, host, "right")
         given.clear()
         neurograft.push(file, bank, tags=["stable"])
-        assert ("clinic", ["repository:organs/tiny:pull,push"]) in given
+        asked = {(user, frozenset(scope.rpartition(":")[2].split(","))) for user, (scope,) in given}
+        assert asked == {("clinic", frozenset({"pull"})), ("clinic", frozenset({"pull", "push"}))}
         assert [o.name for o in neurograft.list(f"oci://{host}/organs").organs] == ["tiny"]
         neurograft.yank(f"{bank}:1.0.0", reason="wrong text")
         neurograft.yank(f"{bank}:1.0.0", undo=True)

@@ -58,7 +58,7 @@ def test_paths_are_beside_the_file(tmp_path: Path) -> None:
         ("gates: {}", "has no gates"),
         ("- a", "has no gates"),
         ("gates: [", "the gates file .* can't be read: "),
-        ("gates:\n  a: {metric: task, task: x}\n  a: {metric: task, task: y}\n", "has a twice in the same place"),
+        ("gates:\n  a: {metric: task, task: x}\n  a: {metric: task, task: y}\n", "has 'a' twice in the same place"),
     ],
 )  # fmt: skip
 def test_refusals(tmp_path: Path, text: str, sentence: str) -> None:

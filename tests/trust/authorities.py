@@ -61,12 +61,19 @@ def renew_authority(authority: Authority, *, days: tuple[int, int]) -> None:
 
 
 def make_member(
-    folder: Path, authority: Authority, name: str, *, days: tuple[int, int] = (-10, 10), signs: bool = True
+    folder: Path,
+    authority: Authority,
+    name: str,
+    *,
+    days: tuple[int, int] = (-10, 10),
+    signs: bool = True,
+    purpose: x509.ObjectIdentifier | None = None,
 ) -> tuple[Keys, Path]:
-    """Return keys of somebody, and their certificate, valid from and to so many days from now."""
+    """Return keys of somebody, and their certificate, valid from and to so many days from now, perhaps for one "
+    "purpose."""
     key = ec.generate_private_key(ec.SECP256R1())
     issuer = authority.certificate.stem
-    certificate = _certificate(name, issuer, key.public_key(), authority.key, days=days, signs=signs)
+    certificate = _certificate(name, issuer, key.public_key(), authority.key, days=days, signs=signs, purpose=purpose)
     path = folder / f"{name}-{days[1]}.crt"
     path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
     return _write_keys(folder, f"{name}-{days[1]}", key), path
@@ -81,6 +88,7 @@ def _certificate(
     days: tuple[int, int],
     is_authority: bool = False,
     signs: bool = True,
+    purpose: x509.ObjectIdentifier | None = None,
 ) -> x509.Certificate:
     def named(text: str) -> x509.Name:
         return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, text)])
@@ -109,4 +117,6 @@ def _certificate(
         .add_extension(usage, critical=True)
         .add_extension(x509.SubjectAlternativeName([x509.RFC822Name(f"{name}@example.org")]), critical=False)
     )
+    if purpose is not None:
+        builder = builder.add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
     return builder.sign(key, hashes.SHA384())

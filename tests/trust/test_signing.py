@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("model_signing.signing")
 
 from authorities import Authority, Keys, make_authority, make_keys, make_member, renew_authority
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -207,13 +208,38 @@ def test_a_certificate_for_something_else(
     organ_file: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     member, certificate = make_member(organ_file.parent, authority, "server", signs=False)
-    with pytest.raises(TrustError, match="is not for signing, so nobody would accept"):
+    with pytest.raises(TrustError, match="is not for signing files, so nobody would accept"):
         sign(organ_file, key=member.private, certificate=certificate)
     with monkeypatch.context() as patched:
         patched.setattr("neurograft.trust.signing.may_sign", lambda _: True)
         sign(organ_file, key=member.private, certificate=certificate)
     found = check(organ_file, Signer(certificate=authority.certificate, subject="server"))
     assert not found.passed and "the certificate of server is not for signing" in str(found.refusal)
+
+
+def test_a_web_servers_certificate_signs_no_organs(
+    organ_file: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds, folder = x509.oid.ExtendedKeyUsageOID, organ_file.parent
+    member, certificate = make_member(folder, authority, "server", purpose=kinds.SERVER_AUTH)
+    with pytest.raises(TrustError, match="whose extended key usage, if it has one, has codeSigning"):
+        sign(organ_file, key=member.private, certificate=certificate)
+    with monkeypatch.context() as patched:
+        patched.setattr("neurograft.trust.signing.may_sign", lambda _: True)
+        sign(organ_file, key=member.private, certificate=certificate)
+    found = check(organ_file, Signer(certificate=authority.certificate, subject="server"))
+    assert not found.passed and "the certificate of server is not for signing" in str(found.refusal)
+    member, certificate = make_member(folder, authority, "radiology", purpose=kinds.CODE_SIGNING)
+    sign(organ_file, key=member.private, certificate=certificate)
+    assert check(organ_file, Signer(certificate=authority.certificate, subject="radiology")).passed
+
+
+def test_a_key_that_is_not_there_is_no_verdict(organ_file: Path, keys: Keys, authority: Authority) -> None:
+    member, certificate = make_member(organ_file.parent, authority, "radiology")
+    sign(organ_file, key=member.private, certificate=certificate)
+    for path, said in ((organ_file.parent / "none.pub", "can't be read"), (keys.private, "is no public key in PEM")):
+        with pytest.raises(TrustError, match=said):
+            check(organ_file, Signer(key=path))
 
 
 def test_files_that_are_no_certificates(organ_file: Path, keys: Keys, authority: Authority) -> None:

@@ -66,6 +66,10 @@ def test_what_is_signed_later_joins(bank: str, organ_file: Path, keys: Keys, tmp
     neurograft.push(organ_file, bank)
     path = download_organ(f"{bank}:tiny")
     assert len(signature_path(path).read_text().splitlines()) == 2
+    store, entry = entry_in(bank)
+    store.set_signatures(entry, "garbage\n" + (store.signatures(entry) or ""))
+    neurograft.push(organ_file, bank)  # which drops what is none
+    assert len(signature_path(download_organ(f"{bank}:tiny")).read_text().splitlines()) == 2
     assert neurograft.verify(path, signers=[Signer(key=keys.public), Signer(key=other.public)]).passed
 
 

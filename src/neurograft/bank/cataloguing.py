@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
 from neurograft.bank.entries import BankedOrgan, BankedVersion, BankList, Changed, Versions
 from neurograft.bank.references import check_tag, parse_organ, parse_root
-from neurograft.bank.stores import known_versions, open_store
+from neurograft.bank.stores import LONGEST_REASON, known_versions, open_store
 from neurograft.bank.versions import choose, in_order, newest
-from neurograft.errors import UsageError
+from neurograft.errors import BankDigestError, UsageError
+
+log = logging.getLogger("neurograft")
 
 
 def list_organs(target: str | Path) -> BankList:
@@ -48,7 +51,13 @@ def versions(organ: str) -> Versions:
     known, tags = known_versions(store, reference), store.tags(name)
     found = []
     for version in in_order(known):
-        entry = store.entry(name, version)
+        try:
+            entry = store.entry(name, version)
+        except BankDigestError as error:
+            if len(known) == 1:
+                raise
+            log.warning("%s %s is left out: %s", name, version, str(error).rstrip("."))
+            continue
         standing = sorted(tag for tag, other in tags.items() if other == version)
         found.append(
             BankedVersion(
@@ -95,6 +104,8 @@ def yank(organ: str, *, reason: str = "no reason given", undo: bool = False) -> 
         BankError: The bank can't be reached or refuses, or has no such version.
     """
     reference = parse_organ(organ)
+    if len(reason) > LONGEST_REASON:
+        raise UsageError(f"the reason has {len(reason):,} characters, and everybody reads it; give {LONGEST_REASON}.")
     if reference.selector is None:
         raise UsageError(f"{organ} does not say which version to yank; write {organ}@VERSION.")
     store, called = open_store(reference.root), str(reference.name)

@@ -98,6 +98,11 @@ def _fill(store: Store, entry: Entry, part: Path) -> None:
             reason = error
         before, done = done, part.stat().st_size if part.is_file() else 0
         tries = tries + 1 if done == before else 0
+        if tries == _TRIES and reason is None:  # it answered each time, and has no more
+            raise BankDigestError(
+                f"the file of {entry.name} {entry.version} in {store.root} was cut off: it has {done:,} of its "
+                f"{entry.size:,} bytes; push the organ again from where it is whole."
+            )
         if tries == _TRIES or (reason is not None and not done):
             raise BankUnreachableError(
                 f"{store.root} gave {done:,} of the {entry.size:,} bytes of {entry.name} {entry.version}"

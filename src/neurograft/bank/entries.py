@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from neurograft.errors import BankDigestError
+from neurograft.errors import BankDigestError, first_line
+from neurograft.files import distinct
 from neurograft.manifest import Count, Digest, Manifest, Name
 
 ENTRY_SCHEMA = 1
@@ -79,6 +82,8 @@ class Pushed(_Part):
     entry: Entry
     already_there: bool
     """Whether the bank had the same version with the same bytes."""
+    restored: bool
+    """Whether it had lost or damaged the file, which was sent again."""
     tags: list[str]
     """Tags that now stand for it."""
 
@@ -111,7 +116,11 @@ def parse_entry(text: str | bytes, where: str, *, name: str, version: str) -> En
     if len(text) > _LARGEST_ENTRY:
         raise BankDigestError(f"{where} is too large to be what a bank says of a version; it was altered.")
     try:
-        entry = Entry.model_validate_json(text)
+        parsed = json.loads(text, object_pairs_hook=distinct)
+    except (ValueError, RecursionError) as error:
+        raise BankDigestError(f"{where} is no JSON ({first_line(error)}); it was altered or damaged.") from error
+    try:
+        entry = Entry.model_validate(parsed)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the whole"

@@ -29,6 +29,7 @@ from neurograft.errors import (
     BankDigestError,
     BankError,
     BankUnreachableError,
+    NoBankError,
     NotInBankError,
     UsageError,
     VersionExistsError,
@@ -67,9 +68,12 @@ class FolderStore:
             self.fs, path = url_to_fs(root, use_listings_cache=False)
         except ImportError as error:
             raise UsageError(f"{root} needs a package that is not installed: {error}.") from error
-        except ValueError as error:
-            known = ", ".join(sorted(fsspec.available_protocols()))
-            raise UsageError(f"fsspec {fsspec.__version__} opens no {root} ({error}); it knows {known}.") from error
+        except (ValueError, LookupError) as error:
+            raise UsageError(
+                f"fsspec {fsspec.__version__} opens no {root} ({error}); write it as fsspec does."
+            ) from error
+        except Exception as error:  # some ask a server at once
+            raise self._explain(error) from error
         self.path = str(path).rstrip("/") or "/"
         self.is_local = isinstance(self.fs, LocalFileSystem)
 
@@ -77,24 +81,31 @@ class FolderStore:
         """See `Store`."""
         with explaining(self._explain):
             if not self.fs.isdir(self.path):
-                raise NotInBankError(f"there is no bank at {self.root}; push an organ to it first.")
+                raise NoBankError(f"there is no bank at {self.root}; push an organ to it first.")
             children = [self._last(child) for child in self.fs.ls(self.path, detail=False)]
             return sorted(name for name in children if self.fs.isdir(f"{self.path}/{name}/{_VERSIONS}"))
 
     def versions(self, name: str) -> dict[str, str | None]:
         """See `Store`."""
         yanked = set(self._stems(name, _YANKED))
-        return {
-            version: str(self._json(name, _YANKED, version).get("reason") or "no reason given")
-            if version in yanked
-            else None
-            for version in self._stems(name, _VERSIONS)
-            if is_version(version)
-        }
+        known = [version for version in self._stems(name, _VERSIONS) if is_version(version)]
+        return {version: self._reason(name, version) if version in yanked else None for version in known}
+
+    def _reason(self, name: str, version: str) -> str:
+        try:
+            return str(self._json(name, _YANKED, version).get("reason") or "no reason given")
+        except BankDigestError:  # a mark that can't be read is a mark all the same
+            return "the reason can't be read"
 
     def tags(self, name: str) -> dict[str, str]:
         """See `Store`."""
-        return {tag: str(self._json(name, _TAGS, tag).get("version")) for tag in self._stems(name, _TAGS)}
+        found = {}
+        for tag in self._stems(name, _TAGS):
+            try:
+                found[tag] = str(self._json(name, _TAGS, tag).get("version"))
+            except BankDigestError as error:  # which must not keep anybody from the versions
+                log.warning("the tag %s of %s is left out: %s", tag, name, str(error).rstrip("."))
+        return found
 
     def entry(self, name: str, version: str) -> Entry:
         """See `Store`."""
@@ -111,20 +122,36 @@ class FolderStore:
 
     def add(self, entry: Entry, file: Path) -> None:
         """See `Store`. The organ file goes first, and the version is there once it is whole."""
+        place = self._place(entry.name, _VERSIONS, entry.version)
         if self.is_local:
             self._make_root()
+            require_space(Path(self.path), entry.size)
         with explaining(self._explain), self._locked(entry.name):
-            place = self._place(entry.name, _VERSIONS, entry.version)
-            self.fs.makedirs(f"{self.path}/{entry.name}/{_FILES}", exist_ok=True)
-            if self.is_local:
-                _copy(file, Path(self._file(entry)), entry.sha256)
-            elif not self._has(self._file(entry), entry.size):
-                log.info("sending %s to %s", file.name, self.root)
-                self.fs.put_file(str(file), self._file(entry))
-            self._write(place, entry.model_dump_json(), exclusive=True)
+            if not (self.is_local and Path(place).exists()):  # else another process was first
+                self._send(entry, file)
+                self._write(place, entry.model_dump_json(), exclusive=True)
         # Where a store has no way to say "only if it is not there", the last of two writers is the one to be believed.
         if self.entry(entry.name, entry.version).sha256 != entry.sha256:
-            raise VersionExistsError(f"{place} was written by someone else at the same time, with other bytes.")
+            raise VersionExistsError(
+                f"{place} was written by someone else at the same time, with other bytes; give the organ a new version."
+            )
+
+    def restore(self, entry: Entry, file: Path) -> bool:
+        """See `Store`. In a folder the file is read; elsewhere its size is looked at."""
+        place = self._file(entry)
+        with explaining(self._explain), self._locked(entry.name):
+            whole = self._has(place, entry.size) and (not self.is_local or file_sha256(Path(place)) == entry.sha256)
+            if not whole:
+                self._send(entry, file)
+            return not whole
+
+    def _send(self, entry: Entry, file: Path) -> None:
+        self.fs.makedirs(f"{self.path}/{entry.name}/{_FILES}", exist_ok=True)
+        if self.is_local:
+            _copy(file, Path(self._file(entry)), entry.sha256)
+        elif not self._has(self._file(entry), entry.size):
+            log.info("sending %s to %s", file.name, self.root)
+            self.fs.put_file(str(file), self._file(entry))
 
     def signatures(self, entry: Entry) -> str | None:
         """See `Store`."""
@@ -218,6 +245,8 @@ class FolderStore:
         folder = Path(self.path)
         if not folder.parent.is_dir():
             raise UsageError(f"the folder {folder.parent} does not exist; create it first.")
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"{folder} is a file; give a folder, in which the bank shall be.")
         with explained_os_errors(folder):
             folder.mkdir(exist_ok=True)
 
@@ -228,13 +257,21 @@ class FolderStore:
             yield
             return
         folder = Path(self.path, name)
-        folder.mkdir(exist_ok=True)
-        with FileLock(folder / ".lock"):
+        lock = FileLock(folder / ".lock")
+        with explained_os_errors(folder):
+            folder.mkdir(exist_ok=True)
+            lock.acquire()
+        try:
             yield
+        finally:
+            lock.release()
 
     def _explain(self, error: Exception) -> BankError:
         if isinstance(error, FileNotFoundError):
-            return NotInBankError(f"{self.root} lacks a file that it should have: {error}.")
+            return NotInBankError(
+                f"{self.root} lacks a file that it should have: {error.filename or error}; if it is an organ's, push "
+                "the organ again."
+            )
         kind, text = type(error).__name__, next(iter(str(error).splitlines()), "no message").rstrip(".")
         if isinstance(error, PermissionError) or kind in _NO_ACCESS or getattr(error, "status", 0) in _NO_ACCESS_STATUS:
             return BankAccessError(
@@ -243,6 +280,9 @@ class FolderStore:
             )
         if isinstance(error, NotImplementedError):
             return BankAccessError(f"{self.root} can't be written to by way of {type(self.fs).__name__}.")
+        if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError | TimeoutError):
+            where = f" ({error.filename})" if error.filename else ""
+            return BankError(f"{self.root} can't be used: {error.strerror}{where}.")
         if isinstance(error, ConnectionError | TimeoutError) or kind in _NO_NETWORK:
             return BankUnreachableError(f"{self.root} can't be reached ({kind}: {text}); is there a network?")
         return BankError(f"{self.root} can't be used: {kind}: {text}.")

@@ -51,7 +51,7 @@ def push(organ: str | Path, target: str | Path, *, tags: Sequence[str] = ()) -> 
         pushed=now(),
         manifest=manifest,
     )
-    there = version in store.versions(name)
+    there, restored = version in store.versions(name), False
     if not there:
         store.add(entry, path)
     known = store.entry(name, version)
@@ -60,10 +60,12 @@ def push(organ: str | Path, target: str | Path, *, tags: Sequence[str] = ()) -> 
             f"{reference.root}:{name} has version {version} with other bytes (SHA-256 {known.sha256[:12]}..., the file "
             f"has {entry.sha256[:12]}...), and versions never change; give the organ a new version."
         )
+    if there:
+        restored = store.restore(known, path)
     push_signatures(store, known, path)
     for tag in wanted:
         store.set_tag(name, tag, version)
-    return Pushed(bank=reference.root, entry=known, already_there=there, tags=wanted)
+    return Pushed(bank=reference.root, entry=known, already_there=there, restored=restored, tags=wanted)
 
 
 def _refuse_name_as_tag(reference: Reference, name: str) -> None:

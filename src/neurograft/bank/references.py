@@ -79,6 +79,8 @@ def _refuse_bad_name(text: str) -> None:
         UsageError: It is.
     """
     root, colon, name = text.rpartition(":")
+    if colon and not root:
+        raise UsageError(f"{text} names no bank; write BANK:NAME@VERSION, such as /srv/organs:radiology@1.2.")
     if colon and not name.isdigit() and "/" not in name and not Path(text).exists():
         raise UsageError(
             f"{text}: {name!r} is no organ's name, perhaps with @VERSION; it has letters, digits, dots and dashes. "
@@ -94,7 +96,9 @@ def parse_organ(text: str) -> Reference:
     """
     reference = parse(text)
     if reference.name is None:
-        raise UsageError(f"{text} names no organ; write BANK:NAME@VERSION, such as {text.rstrip('/')}:radiology@1.2.")
+        bank, _, name = text.rstrip("/").rpartition("/")
+        meant = f"{bank}:{name}" if bank and Path(text, "versions").is_dir() else f"{text.rstrip('/')}:radiology@1.2"
+        raise UsageError(f"{text} names no organ; write BANK:NAME@VERSION, such as {meant}.")
     return reference
 
 
@@ -119,6 +123,10 @@ def parse_root(text: str | Path) -> str:
 
 
 def _parse_remote(scheme: str, rest: str, text: str) -> Reference:
+    host = rest.partition("/")[0]
+    if scheme == "oci" and "@" in host and "/" in rest:
+        address = host.rpartition("@")[2]
+        raise UsageError(f"oci:// takes no user and password; leave them out, and run `docker login {address}` once.")
     body, at, selector = rest.partition("@")
     head, slash, last = body.rpartition("/")
     name: str | None
@@ -169,6 +177,8 @@ def check_tag(tag: str) -> str:
     Raises:
         UsageError: It is no tag.
     """
-    if not _TAG.fullmatch(tag) or RESERVED_TAG.fullmatch(tag):
+    if RESERVED_TAG.fullmatch(tag):
+        raise UsageError(f"the tag {tag!r} is one of those by which banks mark versions themselves; choose another.")
+    if not _TAG.fullmatch(tag):
         raise UsageError(f"{tag!r} is no tag; it begins with a letter and has letters, digits, dots and dashes.")
     return tag

@@ -28,6 +28,7 @@ from neurograft.errors import (
     BankUnreachableError,
     NeurograftError,
     NotInBankError,
+    first_line,
 )
 from neurograft.files import CHUNK_BYTES, atomic_file, human_bytes
 from neurograft.models import cache_directory
@@ -100,7 +101,14 @@ class RegistryStore:
         """See `Store`."""
         headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
         url = f"{self._repository(entry.name)}/blobs/sha256:{entry.sha256}"
-        with explaining(self._explain), self._ask("GET", url, headers=headers, stream=True) as response:
+        try:
+            response = self._ask("GET", url, headers=headers, stream=True)
+        except NotInBankError as error:
+            raise BankDigestError(
+                f"{self.root} has no file any more of {entry.name} {entry.version}; push the organ again from where it "
+                "is."
+            ) from error
+        with explaining(self._explain), response:
             skip = start if response.status_code != 206 else 0
             for piece in response.iter_content(CHUNK_BYTES):
                 if skip < len(piece):
@@ -121,6 +129,13 @@ class RegistryStore:
             "annotations": _annotations(entry),
         }
         self._put(entry.name, _tag(entry.version), document)
+
+    def restore(self, entry: Entry, file: Path) -> bool:
+        """See `Store`. Only what a registry says that it lacks, or has in another size, can be told."""
+        if self._has(entry.name, entry.sha256, entry.size):
+            return False
+        self._send_file(entry, file)
+        return True
 
     def signatures(self, entry: Entry) -> str | None:
         """See `Store`."""
@@ -210,11 +225,13 @@ class RegistryStore:
         content = json.dumps({"schemaVersion": 2, "mediaType": MANIFEST, **document}).encode()
         self._ask("PUT", f"{self._repository(name)}/manifests/{tag}", headers={"Content-Type": MANIFEST}, data=content)
 
-    def _has(self, name: str, sha256: str) -> bool:
+    def _has(self, name: str, sha256: str, size: int | None = None) -> bool:
+        """Whether a registry has a blob, of this size if one is given and it tells its own."""
         try:
-            return bool(self._ask("HEAD", f"{self._repository(name)}/blobs/sha256:{sha256}").ok)
+            response = self._ask("HEAD", f"{self._repository(name)}/blobs/sha256:{sha256}")
         except NotInBankError:
             return False
+        return size is None or int(response.headers.get("Content-Length", size)) == size
 
     def _send_blob(self, name: str, content: bytes) -> None:
         """Send a small blob in one request, unless it is there."""
@@ -224,7 +241,7 @@ class RegistryStore:
 
     def _send_file(self, entry: Entry, file: Path) -> None:
         """Send an organ file piece by piece; an upload that was interrupted goes on if the registry still has it."""
-        if self._has(entry.name, entry.sha256):
+        if self._has(entry.name, entry.sha256, entry.size):
             return
         key = hashlib.sha256(f"{self._repository(entry.name)} {entry.sha256}".encode()).hexdigest()
         state = cache_directory() / "uploads" / f"{key}.json"
@@ -333,9 +350,17 @@ def _connect(host: str, base: str, *, insecure: bool) -> Any:
         client.session.mount(scheme, Patient())
     folder = os.environ.get("DOCKER_CONFIG")
     configs = [f"{folder}/config.json"] if folder and Path(folder, "config.json").is_file() else []
-    client.auth.load_configs(oras.container.Container(f"{host}/organs"), configs=configs)
+    try:
+        client.auth.load_configs(oras.container.Container(f"{host}/organs"), configs=configs)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise BankAccessError(
+            f"what `docker login` left can't be read ({type(error).__name__}: {first_line(error)}); mend or delete "
+            f"{configs[0] if configs else '~/.docker/config.json'}, and run `docker login {host}`."
+        ) from error
     if basic and not getattr(client.auth, "_basic_auth", None):
-        raise BankAccessError(f"{host} asks for a password; run `docker login {host}` or `oras login {host}`.")
+        helper = (getattr(client.auth, "_auth_config", None) or {}).get("credsStore")
+        gave = f", and the helper docker-credential-{helper} gave none" if helper else ""
+        raise BankAccessError(f"{host} asks for a password{gave}; run `docker login {host}` or `oras login {host}`.")
     return client
 
 

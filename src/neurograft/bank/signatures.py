@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from neurograft.bank.entries import Entry
 from neurograft.bank.stores import Store
 from neurograft.errors import BankDigestError, TrustError
 from neurograft.files import atomic_file
-from neurograft.trust.signature_files import Signature, parse_signatures, read_signatures, signature_path
+from neurograft.trust.signature_files import (
+    Signature,
+    parse_signature,
+    parse_signatures,
+    read_signatures,
+    signature_path,
+)
+
+log = logging.getLogger("neurograft")
 
 
 def decode(content: bytes, where: str) -> str:
@@ -33,12 +42,33 @@ def push_signatures(store: Store, entry: Entry, organ: Path) -> None:
     own = {signature.text: None for signature in _of(entry, organ)}
     if not own:
         return
-    known = [line for line in (store.signatures(entry) or "").split("\n") if line.strip()]
+    known, dropped = _readable(store, entry)
     merged = [*own, *(line for line in known if line not in own)]
-    if set(merged) != set(known):
+    if dropped or set(merged) != set(known):
         text = "".join(f"{line}\n" for line in merged)
         parse_signatures(text, f"{store.root}, with the new signatures,")
         store.set_signatures(entry, text)
+
+
+def _readable(store: Store, entry: Entry) -> tuple[list[str], bool]:
+    """Return the signatures that a bank has of a version without what can't be read as one, and whether there was "
+    "some.
+    """
+    lines = []
+    try:
+        lines = [line for line in (store.signatures(entry) or "").split("\n") if line.strip()]
+    except BankDigestError as error:
+        log.warning("the signatures that were there are dropped: %s", str(error).rstrip("."))
+        return [], True
+    good = []
+    for line in lines:
+        try:
+            good.append(parse_signature(line, store.root).text)
+        except TrustError:
+            log.warning(
+                "%s had something among the signatures of %s that is none; it is dropped", store.root, entry.name
+            )
+    return good, len(good) < len(lines)
 
 
 def _of(entry: Entry, organ: Path) -> list[Signature]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Protocol
 
 from neurograft.bank.entries import Entry
 from neurograft.bank.references import Reference
-from neurograft.errors import BankDigestError, BankError, NeurograftError, NotInBankError
+from neurograft.errors import BankDigestError, BankError, NeurograftError, NoBankError, NotInBankError
 from neurograft.files import LARGEST_TEXT, human_bytes
 
 _SHOWN = 8
+LONGEST_REASON = 500  # characters
 
 
 class Store(Protocol):
@@ -37,6 +39,9 @@ class Store(Protocol):
 
     def add(self, entry: Entry, file: Path) -> None:
         """Add a version; one that another process added meanwhile, with other bytes, is refused."""
+
+    def restore(self, entry: Entry, file: Path) -> bool:
+        """Send the file of a version that is there anew, if it was lost or damaged; return whether it was."""
 
     def signatures(self, entry: Entry) -> str | None:
         """Return the signatures of a version, as they lie beside an organ file; `None` if there are none."""
@@ -82,11 +87,15 @@ def known_versions(store: Store, reference: Reference) -> dict[str, str | None]:
     """
     name = str(reference.name)
     if versions := store.versions(name):
-        return versions
+        return {version: reason and shorten(reason, LONGEST_REASON) for version, reason in versions.items()}
     try:
         names = store.names()
+    except NoBankError:
+        raise
     except BankError:  # many registries list nothing
         names = []
+    if name in names:  # whose push was interrupted, or that is something else
+        raise NotInBankError(f"{store.root} has no whole version of an organ {name}; push one, or push it again.")
     more = [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
     instead = f"; it has {', '.join([*names[:_SHOWN], *more])}" if names else ""
     raise NotInBankError(f"{store.root} has no organ {name}{instead}{_meant(reference)}.")

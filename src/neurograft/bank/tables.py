@@ -15,6 +15,8 @@ def pushed(result: Pushed) -> RenderableType:
     """Render what `push` did."""
     entry = result.entry
     state = "was there already, with the same bytes" if result.already_there else "pushed"
+    if result.restored:
+        state = "was there already, and its file, which was lost or damaged, was sent again"
     rows = [("bank", result.bank), ("version", f"{entry.version}, {state}"), ("size", human_bytes(entry.size))]
     rows += [("tags", ", ".join(result.tags))] if result.tags else []
     return render.facts(f"organ {entry.name}", [*rows, ("SHA-256", entry.sha256)])

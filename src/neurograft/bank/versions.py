@@ -73,7 +73,7 @@ def choose(
     else:
         chosen = None
     if chosen is None or chosen not in versions:
-        raise _absent(reference, versions, tags, good)
+        raise _absent(reference, chosen, versions, tags, good)
     reason = versions[chosen]
     if reason is not None and not allow_yanked:
         raise YankedError(
@@ -84,11 +84,19 @@ def choose(
 
 
 def _absent(
-    reference: Reference, versions: Mapping[str, str | None], tags: Mapping[str, str], good: list[str]
+    reference: Reference,
+    chosen: str | None,
+    versions: Mapping[str, str | None],
+    tags: Mapping[str, str],
+    good: list[str],
 ) -> NotInBankError | YankedError:
     where = f"{reference.root}:{reference.name}"
     if not good:
         return YankedError(f"every version of {where} was yanked{_list(versions)}.")
+    if chosen is not None:
+        return NotInBankError(
+            f"the tag {reference.selector} of {where} stands for {chosen}, which is not there; there are{_list(good)}."
+        )
     known = f"{_list(good)}{_list(tags)}"
     return NotInBankError(f"{where} has no version or tag {reference.selector}; it has{known}.")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.segment import Segments
 
 from neurograft import __version__, ranks
 from neurograft.errors import NeurograftError
@@ -29,6 +31,7 @@ EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 PIPED_WIDTH = 140
 _SECONDS_BETWEEN_LINES = 30.0
+_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _WrongArguments: Any = typer.BadParameter.__mro__[2]  # the parent of all that is wrong with arguments
 
 app = typer.Typer(
@@ -39,6 +42,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def harmless(text: str) -> str:
+    """Return text with what would steer a terminal, or turn its writing round, as escapes: it may be anyone's."""
+    return _STEERING.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 class Screen:
@@ -54,6 +62,7 @@ class Screen:
 
     def say(self, text: str) -> None:
         """Show what is being done: in the status line or, where there is no terminal, as a line now and then."""
+        text = harmless(text)
         if self.err.is_terminal:
             if self.status is not None:
                 self.status.update(text)
@@ -63,7 +72,7 @@ class Screen:
 
     def note(self, text: str) -> None:
         """Print what should be known of a result, to standard error."""
-        self.err.print(f"note: {text}.", markup=False, highlight=False, soft_wrap=True)
+        self.err.print(harmless(f"note: {text}."), markup=False, highlight=False, soft_wrap=True)
 
     def result(
         self, document: BaseModel | dict[str, Any], pretty: RenderableType | Callable[[], RenderableType]
@@ -75,7 +84,9 @@ class Screen:
             text = json.dumps(document) if isinstance(document, dict) else document.model_dump_json()
             sys.stdout.write(text + "\n")
         else:
-            self.out.print(pretty() if callable(pretty) else pretty, crop=False)  # a command is whole or of no use
+            segments = self.out.render(pretty() if callable(pretty) else pretty)
+            shown = [each if each.control else each._replace(text=harmless(each.text)) for each in segments]
+            self.out.print(Segments(shown), crop=False)  # a command is whole or of no use
 
     def fail(self, message: str, kind: str) -> None:
         """Print an error: one sentence on standard error, and as JSON on standard output if that was asked for."""
@@ -83,7 +94,7 @@ class Screen:
         self.err.quiet = False
         if self.as_json:
             sys.stdout.write(json.dumps({"error": {"kind": kind, "message": message}}) + "\n")
-        self.err.print(f"error: {message}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        self.err.print(harmless(f"error: {message}"), style="bold red", markup=False, highlight=False, soft_wrap=True)
 
 
 class _StatusHandler(logging.Handler):

@@ -120,6 +120,8 @@ def deploy(
                 raise UsageError(_started(folder))
             staged.append(_stage_start(recipient, staging, link, trust_remote_code))
         current = _Current.of(folder, history, staged)
+        if opened is not None:
+            _refuse_second(opened, current)
         verdicts: list[GateVerdict] = []
         if read is not None:
             new = _stage_change(current, opened, remove, staging, (at, mode, link, trust_remote_code))
@@ -155,6 +157,20 @@ def _check_arguments(organ: object, gates: object, recipient: object, remove: st
     if not changes and gates is not None:
         raise UsageError(
             "gates compare with what is deployed, and --recipient alone is deployed as it is; omit --gate."
+        )
+
+
+def _refuse_second(organ: Organ, current: _Current) -> None:
+    """Refuse an organ that is deployed already: it would stand inside itself, and taking one out would leave the other.
+
+    Raises:
+        UsageError: One of this name is.
+    """
+    record = read_record(current.path)
+    if record is not None and organ.name in {operation.organ for operation in record.operations}:
+        raise UsageError(
+            f"{organ.name} is in {current.version} already; to deploy another version of it, go back to a version "
+            f"without it (`neurograft rollback`), or take it out first (--remove {organ.name})."
         )
 
 

@@ -192,7 +192,7 @@ def _refuse_duplicates(path: Path, node: Any, seen: set[int]) -> None:
     if isinstance(node, yaml.MappingNode):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if twice := sorted({key for key in keys if keys.count(key) > 1}):
-            raise GateError(f"{path} has {twice[0]} twice in the same place; keep one.")
+            raise GateError(f"{path} has {twice[0]!r} twice in the same place; keep one.")
         for _, value in node.value:
             _refuse_duplicates(path, value, seen)
     elif isinstance(node, yaml.SequenceNode):

@@ -51,6 +51,8 @@ class AuditReport(BaseModel):
     tensors_digest: Digest
     audit: Audit
     recorded: bool
+    fingerprinted: bool
+    """Whether the manifest says, by a fingerprint, what text some training was on; a private one leaves it out."""
     signatures_void: bool
     """Whether there are signatures beside the organ's file, which are of the file as it was before."""
     """Whether the organ's manifest holds it."""
@@ -186,6 +188,7 @@ def audit(
         **figures,
     )
     if path is not None:
+        _warn_of_private(organ)
         record_audit(path, organ, done)
     return AuditReport(
         organ=organ.name,
@@ -193,6 +196,7 @@ def audit(
         tensors_digest=organ.manifest.tensors_digest,
         audit=done,
         recorded=path is not None,
+        fingerprinted=any(training.data_fingerprint for training in organ.manifest.trainings),
         signatures_void=path is not None and signature_path(path).exists(),
     )
 
@@ -207,6 +211,16 @@ def _check_numbers(*, prefix: int, length: int, delta: float, seed: int, samples
         raise UsageError(f"{samples} bootstrap samples make no interval; draw at least 1.")
     if most is not None and most < FEWEST_DOCUMENTS:
         raise UsageError(f"--max-documents is {most}; it must be at least {FEWEST_DOCUMENTS}.")
+
+
+def _warn_of_private(organ: Organ) -> None:
+    training = organ.manifest.training
+    if training is not None and training.privacy is not None:
+        log.warning(
+            "the figures of an audit are computed from the private text without noise, so what is recorded of them is "
+            "outside of what epsilon %.3g promises",
+            training.privacy.epsilon,
+        )
 
 
 def _recordable(organ: str | Path | Organ) -> Path:

@@ -97,9 +97,9 @@ def audit(report: AuditReport) -> RenderableType:
 
     rows = audit_rows(report.audit)
     if not report.audit.members_verified:
-        rows.append(
-            ("note", "the manifest's fingerprint is not that of these members; pass exactly what was trained on")
-        )
+        wrong = "the manifest's fingerprint is not that of these members; pass exactly what was trained on"
+        none = "the manifest has no fingerprint of text (no training, or private): that these are members is your word"
+        rows.append(("note", wrong if report.fingerprinted else none))
     rows.append(("recorded", "in the organ's file, as figures" if report.recorded else "no (--record does)"))
     if report.signatures_void:
         rows.append(("signatures", "of the file as it was before: sign it anew with --overwrite"))

@@ -586,7 +586,7 @@ class TrainingRun:
             fill(value, tensors[f"average.{number}"])
         start = "optimizer."
         self.optimizers.load_state({n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)})
-        log.info("going on after step %d of %d", self.state.step, self.batches.steps)
+        log.warning("going on after step %d of %d, where an earlier run stopped", self.state.step, self.batches.steps)
 
     def _load(self) -> tuple[str, dict[str, torch.Tensor]]:
         """Read the state that an interrupted run left, as JSON, and its tensors; an empty text if there is none."""

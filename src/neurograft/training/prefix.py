@@ -105,7 +105,7 @@ def make_files(folder: Path, sizes: dict[str, int]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        temporary.mkdir()
+        temporary.mkdir(mode=0o700)  # hidden states are as private as the text
         for name, size in sizes.items():
             with (temporary / name).open("wb") as stream:
                 stream.truncate(size)

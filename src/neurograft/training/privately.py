@@ -34,6 +34,7 @@ Accountant = Literal["prv", "rdp"]
 _WATCHED = 3  # steps at the beginning in which every document must move what trains
 _TRIED = 3  # documents that are tried to go through the organ together
 _DELTA_POWER = 1.1
+_LARGE_DELTA = 1e-3
 _SECRET_BYTES = 32
 _TOLERANCE = 0.01  # share of an epsilon that may be left unspent
 
@@ -80,6 +81,12 @@ class PrivateBatches(Batches):
                 f"--dp-delta {delta:g} is no less than 1 in {count} documents, by which publishing one of them whole "
                 f"would count as private; give less than {1 / count:.2g}."
             )
+        if delta > _LARGE_DELTA:
+            log.warning(
+                "with %d documents delta is %.2g, the chance by which the promise may not hold at all; so few are "
+                "hardly kept private by any epsilon",
+                count, delta,
+            )  # fmt: skip
         held_out = pack_held_out(texts, tokenizer, options) if texts.held_out else _nothing(length)
         steps = count_steps(options, count)
         assert options.dp_epsilon is not None

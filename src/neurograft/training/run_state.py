@@ -51,14 +51,16 @@ def state_path(output: Path) -> Path:
 
 
 def save_state(path: Path, state: RunState, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a run's state and tensors as one safetensors file, atomically.
+    """Write a run's state and tensors as one safetensors file, atomically, for the user's eyes alone.
+
+    It may hold what a private run keeps secret, and its weights are those of private text before any noise is averaged.
 
     Raises:
         NeurograftError: The disk is full or the folder can't be written to.
     """
     from safetensors.torch import save_file
 
-    with atomic_file(path, overwrite=True) as temporary:
+    with atomic_file(path, overwrite=True, private=True) as temporary:
         save_file(tensors, temporary, metadata={_METADATA_KEY: state.model_dump_json()})
 
 

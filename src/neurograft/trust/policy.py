@@ -144,6 +144,8 @@ def _explain(error: ValidationError) -> str:
     place = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
         return f"the key {place} is not known; known are {', '.join(_known(first['loc']))}"
+    if first["type"] == "missing":
+        return f"it has no {place}; see docs/trust.md for what it needs"
     message = first["msg"].removeprefix("Value error, ")
     return f"{place}: {message}" if place else message
 
@@ -165,12 +167,13 @@ def _from(policy: Policy, folder: Path) -> Policy:
     return policy.model_copy(update={"signers": {name: whole(signer) for name, signer in policy.signers.items()}})
 
 
-def require_trust(path: Path, manifest: Manifest) -> None:
+def require_trust(path: Path, manifest: Manifest, *, called: str) -> None:
     """Refuse an organ that the `trust.toml` in force does not let use; without one, every organ may be used.
 
     Args:
         path: The organ file.
         manifest: Its manifest, which the signature covers like every other byte.
+        called: What it was asked for by: its path, or a reference to it in a bank.
 
     Raises:
         TrustError: It is unsigned, altered, or signed by nobody who may sign such an organ; or `trust.toml` is broken.
@@ -179,12 +182,12 @@ def require_trust(path: Path, manifest: Manifest) -> None:
     where = policy_path()
     if where is None:
         return
-    verdict = judge(path, manifest, read_policy(where), where)
+    verdict = judge(path, manifest, read_policy(where), where, called=called)
     if verdict.refusal is not None:
         raise TrustError(verdict.refusal)
 
 
-def judge(path: Path, manifest: Manifest, policy: Policy, where: Path) -> Verdict:
+def judge(path: Path, manifest: Manifest, policy: Policy, where: Path, *, called: str) -> Verdict:
     """Say whether a policy lets an organ be used.
 
     Args:
@@ -192,6 +195,7 @@ def judge(path: Path, manifest: Manifest, policy: Policy, where: Path) -> Verdic
         manifest: Its manifest.
         policy: What `where` says.
         where: The policy's file, for messages.
+        called: See `require_trust`.
 
     Raises:
         TrustError: The signatures or a signer's key can't be read.
@@ -200,35 +204,42 @@ def judge(path: Path, manifest: Manifest, policy: Policy, where: Path) -> Verdic
     require_library()
     signatures, base = read_signatures(path), manifest.source.model
     if not signatures:
-        return Verdict([], _unsigned(path, policy, where, base))
+        return Verdict([], _unsigned(path, called, policy, where, base))
     examined = examine(OrganBytes(path), signatures, policy.signers)
     holding = {each.name for each in examined if each.holds}
     rules = [rule for rule in policy.allow if rule.allows_base(base)]
     if any(len(set(rule.signers) & holding) >= rule.needed for rule in rules):
         return Verdict(examined, None)
-    return Verdict(examined, _refusal(path, examined, rules, where, base))
+    return Verdict(examined, _refusal(called, examined, rules, where, base))
 
 
-def _unsigned(path: Path, policy: Policy, where: Path, base: str) -> str:
+def _unsigned(path: Path, called: str, policy: Policy, where: Path, base: str) -> str:
     named = dict.fromkeys(name for rule in policy.allow if rule.allows_base(base) for name in rule.signers)
     whom = f"a signature by {' or '.join(named)}" if named else f"no organ of {base} at all"
+    if called != str(path):
+        return (
+            f"{called} is not signed in that bank, and {where} lets it be used with {whom}; ask who keeps it there, or "
+            "pull it, sign it with `neurograft sign` and push it again."
+        )
     return (
         f"{path} is not signed (there is no {signature_path(path).name} beside it), and {where} lets it be used with "
         f"{whom}; ask for the .sig, or sign it with `neurograft sign`."
     )
 
 
-def _refusal(path: Path, examined: Sequence[Examined], rules: Sequence[Rule], where: Path, base: str) -> str:
+def _refusal(called: str, examined: Sequence[Examined], rules: Sequence[Rule], where: Path, base: str) -> str:
     holding = [str(each.name) for each in examined if each.holds]
     failed = [str(each.reason) for each in examined if each.name is not None and not each.holds]
     if failed:
         return failed[0]
     if not holding:
         return (
-            f"{path} is signed by {', '.join(each.signer for each in examined)}, whom {where} does not know; add them "
-            "there if they are to be trusted."
+            f"{called} is signed by {', '.join(each.signer for each in examined)}, whom {where} does not know; add "
+            "them there if they are to be trusted."
         )
     if not rules:
-        return f"{path} is an organ of {base}, and {where} lets none of these be used, whoever signed it."
+        return f"{called} is an organ of {base}, and {where} lets none of these be used, whoever signed it."
     wanted = ", or ".join(f"{rule.needed} of {', '.join(rule.signers)}" for rule in rules)
-    return f"{path} is signed by {', '.join(holding)}, and {where} wants for an organ of {base} signatures by {wanted}."
+    return (
+        f"{called} is signed by {', '.join(holding)}, and {where} wants for an organ of {base} signatures by {wanted}."
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,6 +106,19 @@ def is_of(signature: Signature, signer: Signer) -> bool:
     return (signer.subject or signer.identity) in names_of(signature.certificate)
 
 
+def require_readable(signers: Iterable[Signer]) -> None:
+    """Refuse signers whose key or certificates can't be read, before a signature is looked at.
+
+    Raises:
+        TrustError: A file is missing, or is not what it should be.
+    """
+    for signer in signers:
+        if signer.key is not None:
+            key_hint(signer.key)
+        if signer.certificate is not None:
+            load_certificates(signer.certificate)
+
+
 def key_hint(path: Path) -> str:
     """Return the SHA-256 of a public key, as signatures name it.
 
@@ -193,8 +206,9 @@ def check_signature(organ: OrganBytes, signature: Signature, signer: Signer) -> 
             _refuse_expired(signature, signer.certificate, str(signer))
             if not may_sign(signature.certificate):
                 raise TrustError(
-                    f"the certificate of {signer} is not for signing (its key usage lacks digitalSignature, its "
-                    "extended key usage codeSigning); ask for a signature with one that is."
+                    f"the certificate of {signer} is not for signing files (its extended key usage, where it has one, "
+                    "has to have codeSigning, else its key usage digitalSignature); ask for a signature with one that "
+                    "is."
                 )
         bundle = Path(folder) / "bundle"
         bundle.write_text(signature.text, encoding="utf-8")
@@ -291,20 +305,24 @@ def load_certificates(path: Path) -> list[Certificate]:
 
 
 def may_sign(certificate: Certificate) -> bool:
-    """Whether a certificate says of its key that it may sign, which is what model-signing asks of it later."""
+    """Whether a certificate says of its key that it may sign files.
+
+    model-signing asks for a key usage that has digitalSignature, or an extended one that has codeSigning. That of a
+    web server has the former; but where a certificate says what for its key is, it is for nothing else (RFC 5280,
+    4.2.1.12).
+    """
     from cryptography import x509
 
-    extensions = certificate.extensions
+    extensions, kinds = certificate.extensions, x509.oid.ExtendedKeyUsageOID
     try:
-        if extensions.get_extension_for_class(x509.KeyUsage).value.digital_signature:
-            return True
+        usages = extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+        return kinds.CODE_SIGNING in usages or kinds.ANY_EXTENDED_KEY_USAGE in usages
     except x509.ExtensionNotFound:
         pass
     try:
-        usages = extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+        return bool(extensions.get_extension_for_class(x509.KeyUsage).value.digital_signature)
     except x509.ExtensionNotFound:
         return False
-    return x509.oid.ExtendedKeyUsageOID.CODE_SIGNING in usages
 
 
 def refuse_outside_validity(certificate: Certificate, consequence: str) -> None:

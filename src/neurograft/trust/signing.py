@@ -30,6 +30,7 @@ from neurograft.trust.signers import (
 )
 
 _PASSWORD_MISSING = "the key {key} has a password; set NEUROGRAFT_KEY_PASSWORD."
+_PASSWORD_NEEDLESS = "the key {key} has no password; unset NEUROGRAFT_KEY_PASSWORD."
 _PASSWORD_AND_CERTIFICATE = (
     "the key {key} has a password, and model-signing takes none beside a certificate; give a copy of the key without "
     "one, made with: openssl ec -in {key} -out COPY, and unset NEUROGRAFT_KEY_PASSWORD."
@@ -153,8 +154,9 @@ def _by_certificate(organ: OrganBytes, key: Path, certificate: Path, chain: Sequ
             refuse_outside_validity(each, "nothing can be signed with it")
     if not may_sign(load_certificates(certificate)[0]):
         raise TrustError(
-            f"the certificate {certificate} is not for signing, so nobody would accept what is signed with it; ask for "
-            "one whose key usage has digitalSignature."
+            f"the certificate {certificate} is not for signing files, so nobody would accept what is signed with it; "
+            "ask for one whose key usage has digitalSignature and whose extended key usage, if it has one, has "
+            "codeSigning."
         )
     above = chain or [certificate]  # model-signing reads no empty chain; who stands there twice is passed over
     try:
@@ -179,12 +181,15 @@ def _check_key(path: Path, password: str | None, *, locked: str = _PASSWORD_MISS
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
+    secret = None if password is None else password.encode()
     try:
-        key = serialization.load_pem_private_key(read_bounded(path), None if password is None else password.encode())
+        key = serialization.load_pem_private_key(read_bounded(path), secret)
     except OSError as error:
         raise TrustError(f"the key {path} can't be read: {error.strerror or error}.") from error
     except TypeError as error:  # cryptography's word for a password that is missing, or one too many
-        raise TrustError(locked.format(key=path) if password is None else f"the key {path} has no password.") from error
+        raise TrustError(
+            locked.format(key=path) if password is None else _PASSWORD_NEEDLESS.format(key=path)
+        ) from error
     except (ValueError, UnsupportedAlgorithm) as error:
         if password is not None and "password" in str(error).lower():
             raise TrustError(f"the password of the key {path} is another one.") from error

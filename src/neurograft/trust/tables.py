@@ -27,7 +27,8 @@ def verification(result: Verification) -> RenderableType:
         state = f"holds: {each.name}" if each.holds else f"does not count: {each.reason}"
         parts.append(Text(f"{each.signer}  {state}", style="green" if each.holds else "yellow"))
     if result.trusted is not None:
-        said = "trusted" if result.trusted else f"not trusted: {result.refusal}"
+        told = any(each.reason == result.refusal for each in result.signatures)  # right above
+        said = "trusted" if result.trusted else "not trusted" if told else f"not trusted: {result.refusal}"
         parts.append(Text(said, style="bold green" if result.trusted else "bold red"))
     if result.claims is not None:
         parts += [_claims(result.claims), render.evaluation(result.claims.evaluation)]

@@ -14,7 +14,7 @@ from neurograft.organ import organ_path, read_manifest
 from neurograft.trust.claims import ClaimsReport, measure_claims
 from neurograft.trust.policy import judge, policy_path, read_policy
 from neurograft.trust.signature_files import read_signatures, require_library, signature_path
-from neurograft.trust.signers import Examined, OrganBytes, Signer, examine
+from neurograft.trust.signers import Examined, OrganBytes, Signer, examine, require_readable
 
 
 class Verification(BaseModel):
@@ -93,7 +93,7 @@ def verify(
             "trust.toml."
         )
     manifest = read_manifest(path)
-    signatures, trusted, refusal = _signatures(path, manifest, signers, where)
+    signatures, trusted, refusal = _signatures(path, str(organ), manifest, signers, where)
     measured = None
     if claims:
         assert recipient is not None and data is not None
@@ -117,15 +117,16 @@ def verify(
 
 
 def _signatures(
-    path: Path, manifest: Manifest, signers: Sequence[Signer], where: Path | None
+    path: Path, called: str, manifest: Manifest, signers: Sequence[Signer], where: Path | None
 ) -> tuple[list[Examined], bool | None, str | None]:
     """Return what the signatures are worth, whether they are enough, and why not."""
     if where is not None:
-        verdict = judge(path, manifest, read_policy(where), where)
+        verdict = judge(path, manifest, read_policy(where), where, called=called)
         return verdict.signatures, verdict.refusal is None, verdict.refusal
     if not signers:
         return [], None, None
     require_library()
+    require_readable(signers)
     found = read_signatures(path)
     if not found:
         return [], False, f"{path} is not signed: there is no {signature_path(path).name} beside it."
