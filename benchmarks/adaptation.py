@@ -8,6 +8,7 @@ it goes on where it was interrupted; name cases to measure only these. It writes
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import tempfile
 from pathlib import Path
@@ -71,7 +72,7 @@ def main() -> None:
     for name in arguments.cases or CASES:
         report = measure(name)
         results = json.loads(RESULT.read_text(encoding="utf-8"))["cases"] if RESULT.is_file() else {}
-        results[name] = report
+        results[name] = {**report, "measured": datetime.date.today().isoformat()}
         content = {
             "run": describe_run("python benchmarks/adaptation.py"),
             "search": {**SPACES, "whole weights": WHOLE_WEIGHTS, "anchored": ANCHORED},

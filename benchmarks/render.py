@@ -225,7 +225,7 @@ def adaptation_section(result: dict[str, Any]) -> str:
             f"### {name}\n\n{report['tokens']:,} training tokens, {report['passes']:g} passes through the text, "
             f"{counted(len(report['seeds']), 'seed')}, {counted(report['trials_each'], 'trial')} of "
             f"{report['search_tokens']:,} tokens for "
-            f"each method, {report['machine']}.\n\n"
+            f"each method, {report['machine']}, {report['measured']}.\n\n"
             + table(
                 ["method", "domain", "general", "seconds", "to LoRA's quality, s", "memory beyond model, MB",
                  "shipped, MB", "settings"],

@@ -51,9 +51,9 @@ def state_path(output: Path) -> Path:
 
 
 def save_state(path: Path, state: RunState, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a run's state and tensors as one safetensors file, atomically, for the user's eyes alone.
+    """Write a run's state and tensors as one safetensors file, atomically.
 
-    It may hold what a private run keeps secret, and its weights are those of private text before any noise is averaged.
+    Only the user may read it: with what a private run keeps secret, its noise could be taken out again.
 
     Raises:
         NeurograftError: The disk is full or the folder can't be written to.
