@@ -92,7 +92,9 @@ def _log_in(folder: Path, host: str, password: str) -> None:
 
 
 @needs_registry
-def test_versions_are_tags_of_model_packs(registry: str, organ: Organ, tmp_path: Path) -> None:
+def test_versions_are_tags_of_model_packs(
+    registry: str, organ: Organ, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     files = {version: _save(organ, tmp_path, version) for version in ("1.0.0", "1.2.0", "1.2.0+site.2")}
     for file in files.values():
         assert not neurograft.push(file, f"oci://{registry}/organs/").already_there
@@ -106,6 +108,9 @@ def test_versions_are_tags_of_model_packs(registry: str, organ: Organ, tmp_path:
     listed = neurograft.list(f"oci://{registry}/organs").organs
     assert [(o.name, o.versions, o.tags) for o in listed] == [("tiny", 3, {"stable": "1.0.0"})]
     neurograft.tag(f"{bank}:1.2.0", "stable")
+    caplog.clear()
+    assert neurograft.list(f"oci://{registry}").organs == []
+    assert f"see oci://{registry}/organs" in caplog.text
     neurograft.yank(f"{bank}:1.2.0", reason="wrong text")
     with pytest.raises(YankedError, match="wrong text"):
         neurograft.pull(f"{bank}:stable")

@@ -66,6 +66,13 @@ class RegistryStore:
         prefix = f"{self.path}/" if self.path else ""
         found = self._listed("_catalog", "repositories")
         names = [name.removeprefix(prefix) for name in found if name.startswith(prefix)]
+        deeper = sorted({name.rpartition("/")[0] for name in names if "/" in name})
+        if deeper:
+            log.warning(
+                "repositories deeper than that are not listed; see %s/%s",
+                self.root,
+                f" or {self.root}/".join(deeper[:3]),
+            )
         return sorted(name for name in names if "/" not in name)
 
     def versions(self, name: str) -> dict[str, str | None]:
