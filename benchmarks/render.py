@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from neurograft.files import counted
 from neurograft.study import cross_domain_report, paper_report
 from neurograft.study.paper_results import PaperReport
+from neurograft.wording import counted
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "results.md"

@@ -40,11 +40,6 @@ def human_bytes(count: int) -> str:
     return f"{size:.1f} TB"
 
 
-def counted(number: int, what: str) -> str:
-    """Render a number of things for people: `1 layer`, `3 layers`."""
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
-
-
 @contextmanager
 def atomic_file(path: Path, *, overwrite: bool, private: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling of `path` to write to; on success it becomes `path`, otherwise nothing is left.

@@ -284,10 +284,18 @@ def test_what_strangers_wrote_does_not_steer_a_terminal(bank: str, save: Save) -
     neurograft.push(save("1.0.0", "fine\x1b[2K\x1b[32mtrusted \u202efdp"), bank)
     neurograft.yank(f"{bank}:tiny@1.0.0", reason="bad\x1b[2Kgood")
     words = (["inspect", str(save("1.0.0", "fine\x1b[2K\x1b[32mtrusted \u202efdp"))], ["versions", f"{bank}:tiny"])
-    for command in (*words, ["pull", f"{bank}:tiny@1.0.0"]):
+    for command in (*words, ["pull", f"{bank}:tiny@1.0.0"], ["card", words[0][1]]):
         result = CliRunner().invoke(app, command)
         shown = result.stdout + result.stderr
         assert "\x1b" not in shown and "\u202e" not in shown and "\\x1b[2K" in shown
+    result = CliRunner().invoke(app, [*words[0], "--json"])
+    assert "\u202e" not in result.stdout
+    assert json.loads(result.stdout)["description"] == "fine\x1b[2K\x1b[32mtrusted \u202efdp"
+
+
+def test_what_looks_like_an_emoji_is_a_name(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["check", f"{tmp_path}/a:bone:b.safetensors", str(tmp_path)])
+    assert ":bone:" in result.stderr
 
 
 def test_an_entry_about_another_version_is_refused(tmp_path: Path, save: Save) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import neurograft
-from neurograft.bank import registries
+from neurograft.bank import downloads, registries
 from neurograft.bank.registries import CONFIG, MODEL, WEIGHTS, RegistryStore
 from neurograft.errors import (
     BankAccessError,
@@ -156,6 +156,27 @@ def test_an_altered_blob_is_not_kept(registry: str, organ: Organ, tmp_path: Path
 
 
 @needs_registry
+@pytest.mark.parametrize("left", [0, 900])
+def test_a_blob_that_was_cut_off_is_said_to_be(
+    left: int, registry: str, organ: Organ, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(downloads, "_PAUSE_SECONDS", 0)
+    file = _save(organ, tmp_path, "1.0.0")
+    entry = neurograft.push(file, f"oci://{registry}/tiny").entry
+    (blob,) = (tmp_path / "data").rglob(f"{entry.sha256}/data")
+    blob.write_bytes(file.read_bytes()[:left])
+    with pytest.raises(BankError, match="cut off"):
+        neurograft.pull(f"oci://{registry}/tiny", output=tmp_path / "out.safetensors")
+    with pytest.raises(BankDigestError, match=r"has a damaged file of tiny 1.0.0 and keeps it; ask who runs"):
+        neurograft.push(file, f"oci://{registry}/tiny")
+    shutil.rmtree(blob.parent)  # which they do
+    pushed = neurograft.push(file, f"oci://{registry}/tiny")
+    assert pushed.already_there and pushed.restored
+    neurograft.pull(f"oci://{registry}/tiny", output=tmp_path / "out.safetensors")
+    assert (tmp_path / "out.safetensors").read_bytes() == file.read_bytes()
+
+
+@needs_registry
 def test_interrupted_transfers_go_on(
     registry: str, organ: Organ, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,7 +237,7 @@ def test_a_registry_with_bearer_tokens(organ: Organ, tmp_path: Path, monkeypatch
     monkeypatch.setattr(registries, "_SENT_BYTES", 10_000)
     with serve_tokens(tmp_path, {"clinic": "right"}) as (auth, given), _serve(tmp_path, auth) as host:
         bank = f"oci://{host}/organs/tiny"
-        with pytest.raises(BankAccessError, match=f"run `docker login {host}`"):
+        with pytest.raises(BankAccessError, match=f"asks for a login; run `docker login {host}`"):
             neurograft.push(file, bank)
         monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
         _log_in(tmp_path, host, "wrong")

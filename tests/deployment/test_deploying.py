@@ -295,7 +295,7 @@ def test_a_link_changed_by_hand_is_refused(hospital: Path) -> None:
         rollback(hospital)
     (hospital / "current").unlink()
     (hospital / "current").symlink_to("/etc")
-    with pytest.raises(HistoryError, match="is no link to a folder in"):
+    with pytest.raises(HistoryError, match=r"is no link to a folder in .*; take it away, and the same command"):
         history(hospital)
 
 
@@ -306,6 +306,20 @@ def test_a_lost_link_is_put_back_as_the_sentence_says(hospital: Path) -> None:
         rollback(hospital)
     subprocess.run(str(caught.value).partition("with: ")[2].removesuffix("."), shell=True, check=True)
     assert os.readlink(hospital / "current") == target
+    assert history(hospital).current == "0002-tiny"
+
+
+def test_gates_compare_with_what_passed_its_gates(hospital: Path, second: Organ, gates: Gates) -> None:
+    base = hospital / "versions" / history(hospital).entries[0].version
+    file, against_base = base / "model.safetensors", gates(EASY)
+    against_base.write_text(against_base.read_text() + "    against: base\n")
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(VerificationError, match="was altered since 0001-"):
+        deploy(second, to=hospital, gates=against_base)
+    shutil.rmtree(base)
+    with pytest.raises(DeploymentError, match=r"the gates compare with 0001-.* restore it, or write against: current"):
+        deploy(second, to=hospital, gates=against_base)
     assert history(hospital).current == "0002-tiny"
 
 

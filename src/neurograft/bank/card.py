@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from neurograft.manifest import Evaluation, Manifest
 from neurograft.privacy.rendering import audit_markdown, privacy_line, redaction_line
+from neurograft.wording import harmless
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -38,7 +39,7 @@ def model_card(manifest: Manifest, reference: str) -> str:
         **(base if _HUB_ID.fullmatch(manifest.source.model) else {}),
         **_license(manifest.license),
     )
-    return f"---\n{data.to_yaml()}\n---\n\n{_body(manifest, reference)}"
+    return f"---\n{data.to_yaml()}\n---\n\n{harmless(_body(manifest, reference))}"
 
 
 def _license(name: str | None) -> dict[str, Any]:
@@ -64,8 +65,8 @@ def _result(evaluation: Evaluation) -> EvalResult:
 
 def _body(manifest: Manifest, reference: str) -> str:
     source, lines = manifest.source, [f"# {manifest.name}", ""]
-    if manifest.description:
-        lines += [manifest.description, ""]
+    if manifest.description:  # quoted, so that it can't pass for what neurograft says
+        lines += [*(f"> {line}".rstrip() for line in manifest.description.splitlines()), ""]
     lines += [
         f"Layers {source.layer_start}:{source.layer_stop} (half-open, from 0) of the {source.layer_count} of "
         f"{source.model}, as an organ of neurograft: one safetensors file, no code.",

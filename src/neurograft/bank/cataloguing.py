@@ -103,7 +103,7 @@ def yank(organ: str, *, reason: str = "no reason given", undo: bool = False) -> 
         UsageError: The reference does not say which version, or what should be undone never was done.
         BankError: The bank can't be reached or refuses, or has no such version.
     """
-    reference = parse_organ(organ)
+    reference, reason = parse_organ(organ), " ".join(reason.split()) or "no reason given"
     if len(reason) > LONGEST_REASON:
         raise UsageError(f"the reason has {len(reason):,} characters, and everybody reads it; give {LONGEST_REASON}.")
     if reference.selector is None:
@@ -119,5 +119,5 @@ def yank(organ: str, *, reason: str = "no reason given", undo: bool = False) -> 
         version = reference.selector
     if undo and known[version] is None:
         raise UsageError(f"{replace(reference, selector=version)} is not yanked, so there is nothing to undo.")
-    store.yank(called, version, None if undo else " ".join(reason.split()) or "no reason given")
+    store.yank(called, version, None if undo else reason)
     return Changed(bank=reference.root, name=called, version=version, yanked=None if undo else reason)

@@ -75,7 +75,8 @@ def _download(store: Store, entry: Entry, path: Path) -> None:
         part.unlink()
         raise BankDigestError(
             f"the file of {entry.name} {entry.version} in {store.root} was altered: its SHA-256 is {digest}, and "
-            f"{entry.sha256} was pushed; nothing was kept."
+            f"{entry.sha256} was pushed; nothing was kept. Push it again from where it is whole; in a registry, which "
+            "keeps what it has, as a new version."
         )
     with explained_os_errors(path):
         fsync(part)
@@ -106,7 +107,8 @@ def _fill(store: Store, entry: Entry, part: Path) -> None:
         if tries == _TRIES or (reason is not None and not done):
             raise BankUnreachableError(
                 f"{store.root} gave {done:,} of the {entry.size:,} bytes of {entry.name} {entry.version}"
-                f"{f' ({reason})' if reason else ''}; the same command goes on from there."
+                f"{f' ({reason})' if reason else ''}; the same command goes on from there, unless the file was cut off "
+                "in the bank: then push the organ again from where it is whole."
             ) from reason
         if done < entry.size:
             time.sleep(_PAUSE_SECONDS)

@@ -118,15 +118,18 @@ def parse_entry(text: str | bytes, where: str, *, name: str, version: str) -> En
     try:
         parsed = json.loads(text, object_pairs_hook=distinct)
     except (ValueError, RecursionError) as error:
-        raise BankDigestError(f"{where} is no JSON ({first_line(error)}); it was altered or damaged.") from error
+        raise BankDigestError(
+            f"{where} is no JSON ({first_line(error)}); it was altered or damaged: take it away, and push the "
+            "organ again."
+        ) from error
     try:
         entry = Entry.model_validate(parsed)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the whole"
         raise BankDigestError(
-            f"{where} is not as the schema of a bank says ({place}: {first['msg']}); it was altered, or a newer "
-            f"neurograft wrote it."
+            f"{where} is not as the schema of a bank says ({place}: {first['msg']}); it was altered, which "
+            f"a new push mends once it is taken away, or a newer neurograft wrote it."
         ) from error
     if (entry.name, entry.version) != (name, version):
         raise BankDigestError(f"{where} is about {entry.name} {entry.version}, not {name} {version}; it was altered.")

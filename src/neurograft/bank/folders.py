@@ -104,7 +104,12 @@ class FolderStore:
             try:
                 found[tag] = str(self._json(name, _TAGS, tag).get("version"))
             except BankDigestError as error:  # which must not keep anybody from the versions
-                log.warning("the tag %s of %s is left out: %s", tag, name, str(error).rstrip("."))
+                log.warning(
+                    "the tag %s of %s is left out (set it anew with `neurograft tag`): %s",
+                    tag,
+                    name,
+                    str(error).rstrip("."),
+                )
         return found
 
     def entry(self, name: str, version: str) -> Entry:

@@ -32,6 +32,7 @@ log = logging.getLogger("neurograft")
 _ORGAN, _ENTRY, _YANKED = "organ.safetensors", "neurograft-entry.json", "neurograft-yanked.json"
 _CONFLICTS = (409, 412)
 _TRANSPORT = ("ConnectError", "ConnectTimeout", "ReadError", "ReadTimeout", "RemoteProtocolError", "WriteError")
+_ADDRESS = ("UnsupportedProtocol", "InvalidURL", "LocalProtocolError")
 
 
 class HubStore:
@@ -204,6 +205,8 @@ class HubStore:
             )
         if status == 404:
             return NotInBankError(f"{self.root} lacks what was asked for ({text}).")
+        if kind in _ADDRESS:
+            return BankUnreachableError(f"the Hub's address is none ({text}); mend or unset HF_ENDPOINT.")
         if isinstance(error, ConnectionError | TimeoutError) or kind in _TRANSPORT:
             return BankUnreachableError(f"the Hub can't be reached ({kind}: {text}); is there a network?")
         if isinstance(error, HfHubHTTPError | HFValidationError | OSError):

@@ -180,5 +180,7 @@ def check_tag(tag: str) -> str:
     if RESERVED_TAG.fullmatch(tag):
         raise UsageError(f"the tag {tag!r} is one of those by which banks mark versions themselves; choose another.")
     if not _TAG.fullmatch(tag):
-        raise UsageError(f"{tag!r} is no tag; it begins with a letter and has letters, digits, dots and dashes.")
+        raise UsageError(
+            f"{tag!r} is no tag; it begins with a letter and has letters, digits, dots, dashes and underscores."
+        )
     return tag

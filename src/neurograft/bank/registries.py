@@ -142,6 +142,11 @@ class RegistryStore:
         if self._has(entry.name, entry.sha256, entry.size):
             return False
         self._send_file(entry, file)
+        if not self._has(entry.name, entry.sha256, entry.size):  # as by docker-registry, which looks at digests alone
+            raise BankDigestError(
+                f"{self.root} has a damaged file of {entry.name} {entry.version} and keeps it; ask who runs the "
+                "registry to take the blob away, or push the organ as a new version."
+            )
         return True
 
     def signatures(self, entry: Entry) -> str | None:
@@ -312,6 +317,15 @@ class RegistryStore:
         kind, text = type(error).__name__, next(iter(str(error).strip().splitlines()), "no message").rstrip(".")
         response = getattr(error, "response", None)
         status = None if response is None else response.status_code
+        if status == 401 and not getattr(self.client.auth, "_basic_auth", None):
+            return BankAccessError(
+                f"{self.root} asks for a login; run `docker login {self.host}` or `oras login {self.host}`."
+            )
+        if status == 416:
+            return BankDigestError(
+                f"{self.root} has less of a file than was asked for: it was cut off; push the organ again from where "
+                "it is whole."
+            )
         if status in (401, 403):
             return BankAccessError(
                 f"{self.root} refuses access (the user or password is wrong, or has too few rights); run `docker login "
@@ -322,9 +336,18 @@ class RegistryStore:
         if isinstance(error, requests.ConnectionError | requests.Timeout | requests.exceptions.ChunkedEncodingError):
             return BankUnreachableError(f"{self.root} can't be reached ({kind}); is there a network, and a registry?")
         if isinstance(error, requests.RequestException | KeyError | ValueError):
-            said = "" if response is None else f": {' '.join(response.text.split())[:200]}"
-            return BankError(f"{self.root} does not do this ({kind}: {text}{said}).")
+            return BankError(f"{self.root} does not do this ({kind}: {text}{_said(response)}).")
         return error
+
+
+def _said(response: Any) -> str:
+    """Return the beginning of what a registry said beside its status."""
+    import requests
+
+    try:
+        return "" if response is None else f": {' '.join(response.text.split())[:200]}"
+    except requests.RequestException:  # which breaks off as well
+        return ""
 
 
 def _wants_token(response: Any) -> bool:
@@ -361,7 +384,7 @@ def _connect(host: str, base: str, *, insecure: bool) -> Any:
         client.auth.load_configs(oras.container.Container(f"{host}/organs"), configs=configs)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise BankAccessError(
-            f"what `docker login` left can't be read ({type(error).__name__}: {first_line(error)}); mend or delete "
+            f"what `docker login` left can't be read ({first_line(error)}); mend or delete "
             f"{configs[0] if configs else '~/.docker/config.json'}, and run `docker login {host}`."
         ) from error
     if basic and not getattr(client.auth, "_basic_auth", None):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import signal
 import sys
 import time
@@ -20,6 +19,7 @@ from rich.segment import Segments
 
 from neurograft import __version__, ranks
 from neurograft.errors import NeurograftError
+from neurograft.wording import harmless, harmless_json
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -31,7 +31,6 @@ EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 PIPED_WIDTH = 140
 _SECONDS_BETWEEN_LINES = 30.0
-_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _WrongArguments: Any = typer.BadParameter.__mro__[2]  # the parent of all that is wrong with arguments
 
 app = typer.Typer(
@@ -44,19 +43,14 @@ app = typer.Typer(
 )
 
 
-def harmless(text: str) -> str:
-    """Return text with what would steer a terminal, or turn its writing round, as escapes: it may be anyone's."""
-    return _STEERING.sub(lambda found: ascii(found[0])[1:-1], text)
-
-
 class Screen:
     """Where results and progress go: results to standard output, everything else to standard error."""
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
         # Without a terminal there is no width to keep to, and whoever reads the output should find digests whole.
-        self.out = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
-        self.err = Console(stderr=True, quiet=ranks.rank() > 0)
+        self.out = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, emoji=False)
+        self.err = Console(stderr=True, quiet=ranks.rank() > 0, emoji=False)
         self.status: Status | None = None
         self._said = time.monotonic()
 
@@ -82,7 +76,7 @@ class Screen:
             return
         if self.as_json:
             text = json.dumps(document) if isinstance(document, dict) else document.model_dump_json()
-            sys.stdout.write(text + "\n")
+            sys.stdout.write(harmless_json(text) + "\n")
         else:
             segments = self.out.render(pretty() if callable(pretty) else pretty)
             shown = [each if each.control else each._replace(text=harmless(each.text)) for each in segments]

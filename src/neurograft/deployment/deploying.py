@@ -125,7 +125,9 @@ def deploy(
         verdicts: list[GateVerdict] = []
         if read is not None:
             new = _stage_change(current, opened, remove, staging, (at, mode, link, trust_remote_code))
-            paths = {new.entry.version: new.path, **{name: current.paths[name] for name in current.needed(read)}}
+            wanted = current.needed(read)
+            _refuse_altered(folder, history, wanted)
+            paths = {new.entry.version: new.path, **{name: current.paths[name] for name in wanted}}
             measured = measure(paths, read, texts, trust_remote_code=trust_remote_code, progress=progress)
             verdicts = judge(new.entry.version, current.version, current.base, measured, read)
             update = {"gates": verdicts, "gates_digest": read.digest}
@@ -172,6 +174,22 @@ def _refuse_second(organ: Organ, current: _Current) -> None:
             f"{organ.name} is in {current.version} already; to deploy another version of it, go back to a version "
             f"without it (`neurograft rollback`), or take it out first (--remove {organ.name})."
         )
+
+
+def _refuse_altered(folder: DeploymentFolder, history: History, wanted: list[str]) -> None:
+    """Refuse to compare with a version that is not what it was.
+
+    Raises:
+        DeploymentError: It was deleted.
+        VerificationError: It was altered.
+    """
+    for version in wanted if history.last is not None else ():
+        if not folder.version(version).is_dir():
+            raise DeploymentError(
+                f"the gates compare with {version}, and {folder.version(version)} is not there any more; restore it, "
+                "or write against: current in the gates file."
+            )
+        check_files(folder.version(version), history.maker(version).files, full=False)
 
 
 def _check_folder(folder: DeploymentFolder, recipient: object) -> None:

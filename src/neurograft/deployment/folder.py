@@ -252,7 +252,10 @@ class DeploymentFolder:
             return None
         folder, _, version = (os.readlink(link) if link.is_symlink() else "").partition("/")
         if folder != VERSIONS or not re.match(VERSION_PATTERN, version):
-            raise HistoryError(f"{link} is no link to a folder in {self.path / VERSIONS}; restore it from a backup.")
+            raise HistoryError(
+                f"{link} is no link to a folder in {self.path / VERSIONS}; take it away, and the same command says how "
+                "to put the right one in its place."
+            )
         return version
 
     def _discard(self, folder: Path) -> None:

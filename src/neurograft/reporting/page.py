@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from neurograft.wording import harmless
+
 # A page of a private model must not tell anybody that it is read: nothing is fetched, and nothing may be.
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:"
@@ -59,7 +61,7 @@ def page(title: str, sections: Sequence[str], *, plots: bool) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{_STYLE}</style>{script}</head>\n'
-        f"<body><h1>{escape(title)}</h1>\n{''.join(sections)}</body></html>\n"
+        f"<body><h1>{escape(title)}</h1>\n{harmless(''.join(sections))}</body></html>\n"
     )
 
 

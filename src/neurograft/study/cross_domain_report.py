@@ -5,9 +5,9 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from neurograft.files import counted
 from neurograft.study.results import CONTROLS, ArmSummary, CrossDomainReport, GapPoint
 from neurograft.training.comparison_report import COLOURS, markdown_table, show
+from neurograft.wording import counted
 
 _FEW_PASSES = 2
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from neurograft.files import counted
 from neurograft.placement.results import Place, PlaceScore, ScanReport
 from neurograft.study import cross_domain_report
 from neurograft.study.paper_results import PaperReport, PositionStudy, Transfer
 from neurograft.training import comparison_report
 from neurograft.training.comparison_report import COLOURS, markdown_table, show
+from neurograft.wording import counted
 
 PAPER = "arXiv 2601.13580"
 _POSITION_HEADER = ["position", "as it comes", "after recovery", "untrained layers after recovery"]

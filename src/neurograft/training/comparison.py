@@ -17,7 +17,7 @@ from neurograft import data as text_data
 from neurograft import ranks
 from neurograft.errors import DataError, NeurograftError, UsageError
 from neurograft.extraction import extract
-from neurograft.files import alone_in, atomic_file, counted, explained_os_errors, refuse_overlap
+from neurograft.files import alone_in, atomic_file, explained_os_errors, refuse_overlap
 from neurograft.identity import as_identity
 from neurograft.models import ModelDirectory, load_config, load_tokenizer, resolve
 from neurograft.training import measuring
@@ -28,6 +28,7 @@ from neurograft.training.measuring import Job, Measured
 from neurograft.training.options import TrainingOptions, fit_to_model, parse_options
 from neurograft.training.protocols import versions
 from neurograft.training.search import DECIDED_BY_COMPARE, Settings, Space, read_spaces, settings_to_try
+from neurograft.wording import counted
 
 log = logging.getLogger("neurograft")
 

@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from neurograft.files import counted, human_bytes
+from neurograft.files import human_bytes
 from neurograft.training.comparison_results import Comparison, MethodReport, Spread, Trial
 from neurograft.training.search import Settings
+from neurograft.wording import counted
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by colour-blind people too
 _AXES = ("seconds of training", "perplexity on validation text")

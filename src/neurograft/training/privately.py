@@ -66,7 +66,7 @@ class PrivateBatches(Batches):
         count, step_size = len(training.input_ids), options.batch_size * options.accumulate
         left = [len(document) - length for document in tokens if len(document) > length]
         if left:
-            log.info(
+            log.warning(
                 "%d of %d documents are longer than %d tokens; %d tokens of theirs are left out",
                 len(left), count, length, sum(left),
             )  # fmt: skip
