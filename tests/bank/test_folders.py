@@ -12,6 +12,7 @@ from typing import Any
 
 import fsspec
 import pytest
+from saving import save_version
 from typer.testing import CliRunner
 
 import neurograft
@@ -50,10 +51,7 @@ def _empty_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
 @pytest.fixture
 def save(organ: Organ, tmp_path: Path) -> Save:
     def save(version: str = "1.0.0", description: str | None = None) -> Path:
-        path = tmp_path / f"{version}-{description}.safetensors"
-        update = {"version": version, "description": description}
-        Organ(organ.manifest.model_copy(update=update), organ.tensors).save(path, overwrite=True)
-        return path
+        return save_version(organ, tmp_path, version, description)
 
     return save
 

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import OfflineModeIsEnabled
+from saving import save_version
 
 import neurograft
 from hub_server import WritableHub, serve_writable
@@ -39,15 +40,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactor
         yield hub
 
 
-def _save(organ: Organ, folder: Path, version: str, description: str | None = None) -> Path:
-    path = folder / f"{version}-{description}.safetensors"
-    update = {"version": version, "description": description}
-    Organ(organ.manifest.model_copy(update=update), organ.tensors).save(path)
-    return path
-
-
 def test_versions_are_revisions(hub: WritableHub, organ: Organ, tmp_path: Path) -> None:
-    files = {version: _save(organ, tmp_path, version) for version in ("1.0.0", "1.2.0")}
+    files = {version: save_version(organ, tmp_path, version) for version in ("1.0.0", "1.2.0")}
     for file in files.values():
         assert not neurograft.push(file, BANK).already_there
     assert neurograft.push(files["1.0.0"], BANK, tags=["stable"]).already_there
@@ -67,7 +61,7 @@ def test_versions_are_revisions(hub: WritableHub, organ: Organ, tmp_path: Path) 
     neurograft.yank(f"{BANK}@1.2.0", undo=True)
     assert neurograft.versions(BANK).newest == "1.2.0"
     with pytest.raises(VersionExistsError, match=r"version 1.2.0 with other bytes"):
-        neurograft.push(_save(organ, tmp_path, "1.2.0", "other"), BANK)
+        neurograft.push(save_version(organ, tmp_path, "1.2.0", "other"), BANK)
     assert "library_name: neurograft" in hub.cards[0]
     assert set(hub.repositories["clinic/tiny"].at("1.0.0")) == {
         "README.md", "neurograft-entry.json", "organ.safetensors",
@@ -77,14 +71,14 @@ def test_versions_are_revisions(hub: WritableHub, organ: Organ, tmp_path: Path) 
 def test_of_two_who_push_at_once_the_second_is_refused(
     hub: WritableHub, organ: Organ, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    neurograft.push(_save(organ, tmp_path, "1.0.0"), BANK)
+    neurograft.push(save_version(organ, tmp_path, "1.0.0"), BANK)
     monkeypatch.setattr(HubStore, "versions", lambda self, name: {})
     with pytest.raises(VersionExistsError):
-        neurograft.push(_save(organ, tmp_path, "1.0.0", "other"), BANK)
+        neurograft.push(save_version(organ, tmp_path, "1.0.0", "other"), BANK)
 
 
 def test_a_broken_connection_goes_on(hub: WritableHub, organ: Organ, tmp_path: Path) -> None:
-    file = _save(organ, tmp_path, "1.0.0")
+    file = save_version(organ, tmp_path, "1.0.0")
     neurograft.push(file, BANK)
     hub.cut = file.stat().st_size // 3 + 1
     neurograft.pull(BANK, output=tmp_path / "out.safetensors")
@@ -142,7 +136,7 @@ def test_a_folder_is_no_base_model(organ: Organ) -> None:
 
 
 def test_signatures_lie_on_main_and_may_grow(hub: WritableHub, organ: Organ, tmp_path: Path) -> None:
-    file = _save(organ, tmp_path, "1.0.0")
+    file = save_version(organ, tmp_path, "1.0.0")
     neurograft.push(file, BANK)
     store = HubStore("hf://clinic")
     entry = store.entry("tiny", "1.0.0")

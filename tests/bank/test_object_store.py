@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from saving import save_version
 
 import neurograft
 from neurograft.bank.folders import FolderStore
@@ -54,15 +55,8 @@ def _forget() -> None:
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-def _save(organ: Organ, folder: Path, version: str, description: str | None = None) -> Path:
-    path = folder / f"{version}-{description}.safetensors"
-    update = {"version": version, "description": description}
-    Organ(organ.manifest.model_copy(update=update), organ.tensors).save(path)
-    return path
-
-
 def test_a_bank_in_a_bucket(bucket: Any, organ: Organ, tmp_path: Path) -> None:
-    files = {version: _save(organ, tmp_path, version) for version in ("1.0.0", "1.2.0")}
+    files = {version: save_version(organ, tmp_path, version) for version in ("1.0.0", "1.2.0")}
     for file in files.values():
         assert not neurograft.push(file, BANK).already_there
     assert neurograft.push(files["1.0.0"], BANK, tags=["stable"]).already_there
@@ -80,7 +74,7 @@ def test_a_bank_in_a_bucket(bucket: Any, organ: Organ, tmp_path: Path) -> None:
 def test_a_version_never_changes_whoever_is_first(
     bucket: Any, organ: Organ, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = (_save(organ, tmp_path, "1.0.0", word) for word in ("one", "other"))
+    first, second = (save_version(organ, tmp_path, "1.0.0", word) for word in ("one", "other"))
     neurograft.push(first, BANK)
     with pytest.raises(VersionExistsError, match=r"version 1.0.0 with other bytes"):
         neurograft.push(second, BANK)
@@ -91,7 +85,7 @@ def test_a_version_never_changes_whoever_is_first(
 
 
 def test_altered_and_absent(bucket: Any, organ: Organ, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = neurograft.push(_save(organ, tmp_path, "1.0.0"), BANK).entry
+    entry = neurograft.push(save_version(organ, tmp_path, "1.0.0"), BANK).entry
     place = f"bank/tiny/files/{entry.sha256}.safetensors"
     content = bytearray(bucket.get_object(Bucket="organs", Key=place)["Body"].read())
     content[-1] ^= 1

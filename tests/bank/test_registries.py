@@ -9,11 +9,12 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from saving import save_version
 
 import neurograft
 from neurograft.bank import downloads, registries
@@ -79,23 +80,27 @@ def registry(tmp_path: Path) -> Iterator[str]:
         yield host
 
 
-def _save(organ: Organ, folder: Path, version: str, description: str | None = None) -> Path:
-    path = folder / f"{version}-{description}.safetensors"
-    update = {"version": version, "description": description}
-    Organ(organ.manifest.model_copy(update=update), organ.tensors).save(path)
-    return path
-
-
 def _log_in(folder: Path, host: str, password: str) -> None:
     auth = base64.b64encode(f"clinic:{password}".encode()).decode()
     (folder / "config.json").write_text(json.dumps({"auths": {host: {"auth": auth}}}))
+
+
+def _log_in_at_last(folder: Path, host: str, work: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be refused without a password and with a wrong one, and then have the right one."""
+    with pytest.raises(BankAccessError, match=f"asks for a (login|password); run `docker login {host}`"):
+        work()
+    monkeypatch.setenv("DOCKER_CONFIG", str(folder))
+    _log_in(folder, host, "wrong")
+    with pytest.raises(BankAccessError, match="the user or password is wrong"):
+        work()
+    _log_in(folder, host, "right")
 
 
 @needs_registry
 def test_versions_are_tags_of_model_packs(
     registry: str, organ: Organ, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    files = {version: _save(organ, tmp_path, version) for version in ("1.0.0", "1.2.0", "1.2.0+site.2")}
+    files = {version: save_version(organ, tmp_path, version) for version in ("1.0.0", "1.2.0", "1.2.0+site.2")}
     for file in files.values():
         assert not neurograft.push(file, f"oci://{registry}/organs/").already_there
     assert neurograft.push(files["1.0.0"], f"oci://{registry}/organs/tiny:stable").tags == ["stable"]
@@ -130,22 +135,22 @@ def test_versions_are_tags_of_model_packs(
 @needs_registry
 def test_a_version_never_changes(registry: str, organ: Organ, tmp_path: Path) -> None:
     bank = f"oci://{registry}/tiny"
-    neurograft.push(_save(organ, tmp_path, "1.0.0"), bank)
+    neurograft.push(save_version(organ, tmp_path, "1.0.0"), bank)
     with pytest.raises(VersionExistsError, match=r"version 1.0.0 with other bytes"):
-        neurograft.push(_save(organ, tmp_path, "1.0.0", "other"), bank)
+        neurograft.push(save_version(organ, tmp_path, "1.0.0", "other"), bank)
     with pytest.raises(NotInBankError, match="has no organ other"):
         neurograft.pull(f"oci://{registry}/other:1.0.0")
     with pytest.raises(NotInBankError, match=r":radiology is a tag of .*, and an organ radiology below it would be"):
         neurograft.pull(f"oci://{registry}/organs:radiology")
     with pytest.raises(UsageError, match=r"to push tiny, write oci://.*/organs/tiny"):
-        neurograft.push(_save(organ, tmp_path, "2.0.0"), f"oci://{registry}/organs:tiny")
+        neurograft.push(save_version(organ, tmp_path, "2.0.0"), f"oci://{registry}/organs:tiny")
     with pytest.raises(NotInBankError, match="no version or tag 3"):
         neurograft.pull(f"{bank}:3")
 
 
 @needs_registry
 def test_an_altered_blob_is_not_kept(registry: str, organ: Organ, tmp_path: Path) -> None:
-    entry = neurograft.push(_save(organ, tmp_path, "1.0.0"), f"oci://{registry}/tiny").entry
+    entry = neurograft.push(save_version(organ, tmp_path, "1.0.0"), f"oci://{registry}/tiny").entry
     (blob,) = (tmp_path / "data").rglob(f"{entry.sha256}/data")
     content = bytearray(blob.read_bytes())
     content[-1] ^= 1
@@ -161,7 +166,7 @@ def test_a_blob_that_was_cut_off_is_said_to_be(
     left: int, registry: str, organ: Organ, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(downloads, "_PAUSE_SECONDS", 0)
-    file = _save(organ, tmp_path, "1.0.0")
+    file = save_version(organ, tmp_path, "1.0.0")
     entry = neurograft.push(file, f"oci://{registry}/tiny").entry
     (blob,) = (tmp_path / "data").rglob(f"{entry.sha256}/data")
     blob.write_bytes(file.read_bytes()[:left])
@@ -182,7 +187,7 @@ def test_interrupted_transfers_go_on(
 ) -> None:
     monkeypatch.setattr(registries, "_SENT_BYTES", 10_000)
     monkeypatch.setattr(registries, "CHUNK_BYTES", 10_000)
-    file, ask, sent = _save(organ, tmp_path, "1.0.0"), RegistryStore._ask, list[str]()
+    file, ask, sent = save_version(organ, tmp_path, "1.0.0"), RegistryStore._ask, list[str]()
 
     def broken(self: RegistryStore, method: str, url: str, **options: object) -> object:
         if method == "PATCH":
@@ -216,34 +221,22 @@ def test_interrupted_transfers_go_on(
 
 @needs_registry
 def test_a_registry_with_a_password(organ: Organ, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = _save(organ, tmp_path, "1.0.0")
+    file = save_version(organ, tmp_path, "1.0.0")
     (tmp_path / "users").write_text(USERS)
     with _serve(tmp_path, f"auth: {{htpasswd: {{realm: registry, path: {tmp_path / 'users'}}}}}\n") as host:
         bank = f"oci://{host}/tiny"
-        with pytest.raises(BankAccessError, match=f"asks for a password; run `docker login {host}`"):
-            neurograft.push(file, bank)
-        monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
-        _log_in(tmp_path, host, "wrong")
-        with pytest.raises(BankAccessError, match="the user or password is wrong"):
-            neurograft.push(file, bank)
-        _log_in(tmp_path, host, "right")
+        _log_in_at_last(tmp_path, host, lambda: neurograft.push(file, bank), monkeypatch)
         neurograft.push(file, bank)
         assert neurograft.pull(bank, output=tmp_path / "out.safetensors").entry.version == "1.0.0"
 
 
 @needs_registry
 def test_a_registry_with_bearer_tokens(organ: Organ, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = _save(organ, tmp_path, "1.0.0")
+    file = save_version(organ, tmp_path, "1.0.0")
     monkeypatch.setattr(registries, "_SENT_BYTES", 10_000)
     with serve_tokens(tmp_path, {"clinic": "right"}) as (auth, given), _serve(tmp_path, auth) as host:
         bank = f"oci://{host}/organs/tiny"
-        with pytest.raises(BankAccessError, match=f"asks for a login; run `docker login {host}`"):
-            neurograft.push(file, bank)
-        monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
-        _log_in(tmp_path, host, "wrong")
-        with pytest.raises(BankAccessError, match="the user or password is wrong"):
-            neurograft.push(file, bank)
-        _log_in(tmp_path, host, "right")
+        _log_in_at_last(tmp_path, host, lambda: neurograft.push(file, bank), monkeypatch)
         given.clear()
         neurograft.push(file, bank, tags=["stable"])
         asked = {(user, frozenset(scope.rpartition(":")[2].split(","))) for user, (scope,) in given}
@@ -260,7 +253,7 @@ def test_a_registry_with_bearer_tokens(organ: Organ, tmp_path: Path, monkeypatch
 def test_a_token_that_ends_while_a_file_is_sent(organ: Organ, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registries, "_SENT_BYTES", 10_000)
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
-    file, ask = _save(organ, tmp_path, "1.0.0"), RegistryStore._ask
+    file, ask = save_version(organ, tmp_path, "1.0.0"), RegistryStore._ask
 
     def slow(self: RegistryStore, method: str, url: str, **options: object) -> object:
         time.sleep(0.3 if method == "PATCH" else 0)
@@ -293,7 +286,7 @@ def test_an_artifact_that_is_no_organ(registry: str, organ: Organ, tmp_path: Pat
 
 @needs_registry
 def test_signatures_have_a_tag_of_their_own_and_may_grow(registry: str, organ: Organ, tmp_path: Path) -> None:
-    file = _save(organ, tmp_path, "1.0.0+site")
+    file = save_version(organ, tmp_path, "1.0.0+site")
     neurograft.push(file, f"oci://{registry}/organs/")
     store = RegistryStore(f"oci://{registry}/organs")
     entry = store.entry("tiny", "1.0.0+site")

@@ -204,17 +204,24 @@ def test_certificates_of_others(organ_file: Path, tmp_path: Path, authority: Aut
     assert not found.passed and "is not signed by cardiology" in str(found.refusal)
 
 
+def _assert_refused_all_the_same(
+    organ: Path, member: Keys, certificate: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check that who signs with it nevertheless, as by other software, is refused."""
+    with monkeypatch.context() as patched:
+        patched.setattr("neurograft.trust.signing.may_sign", lambda _: True)
+        sign(organ, key=member.private, certificate=certificate)
+    found = check(organ, Signer(certificate=authority.certificate, subject="server"))
+    assert not found.passed and "the certificate of server is not for signing" in str(found.refusal)
+
+
 def test_a_certificate_for_something_else(
     organ_file: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     member, certificate = make_member(organ_file.parent, authority, "server", signs=False)
     with pytest.raises(TrustError, match="is not for signing files, so nobody would accept"):
         sign(organ_file, key=member.private, certificate=certificate)
-    with monkeypatch.context() as patched:
-        patched.setattr("neurograft.trust.signing.may_sign", lambda _: True)
-        sign(organ_file, key=member.private, certificate=certificate)
-    found = check(organ_file, Signer(certificate=authority.certificate, subject="server"))
-    assert not found.passed and "the certificate of server is not for signing" in str(found.refusal)
+    _assert_refused_all_the_same(organ_file, member, certificate, authority, monkeypatch)
 
 
 def test_a_web_servers_certificate_signs_no_organs(
@@ -224,11 +231,7 @@ def test_a_web_servers_certificate_signs_no_organs(
     member, certificate = make_member(folder, authority, "server", purpose=kinds.SERVER_AUTH)
     with pytest.raises(TrustError, match="whose extended key usage, if it has one, has codeSigning"):
         sign(organ_file, key=member.private, certificate=certificate)
-    with monkeypatch.context() as patched:
-        patched.setattr("neurograft.trust.signing.may_sign", lambda _: True)
-        sign(organ_file, key=member.private, certificate=certificate)
-    found = check(organ_file, Signer(certificate=authority.certificate, subject="server"))
-    assert not found.passed and "the certificate of server is not for signing" in str(found.refusal)
+    _assert_refused_all_the_same(organ_file, member, certificate, authority, monkeypatch)
     member, certificate = make_member(folder, authority, "radiology", purpose=kinds.CODE_SIGNING)
     sign(organ_file, key=member.private, certificate=certificate)
     assert check(organ_file, Signer(certificate=authority.certificate, subject="radiology")).passed
