@@ -299,6 +299,8 @@ def test_commands(organ_file: Path, recipient: Path, trust: Trust, tmp_path: Pat
         done = run("--trust", where, "check", organ_file, recipient)
         assert done.exit_code == 2 and "is not signed" in done.stderr
         assert VARIABLE not in os.environ
+        done = run("--trust", "", "check", organ_file, recipient)
+        assert done.exit_code == 2 and "--trust or NEUROGRAFT_TRUST is empty" in done.stderr
         done = run("verify", organ_file)
         assert done.exit_code == 2 and "nothing says whose signature" in done.stderr
         done = run("--trust", where, "verify", organ_file)

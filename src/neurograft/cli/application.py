@@ -188,7 +188,7 @@ def _options(
 ) -> None:
     if trust is not None:  # the processes that a command starts are to heed it too
         before = os.environ.get("NEUROGRAFT_TRUST")
-        os.environ["NEUROGRAFT_TRUST"] = os.path.abspath(trust)
+        os.environ["NEUROGRAFT_TRUST"] = trust and os.path.abspath(trust)  # an empty one is refused, not this folder
         context.call_on_close(lambda: _set_back(before))
 
 
