@@ -23,12 +23,12 @@ from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from deployments import go_back, write_gates
+from deployments import go_back, one_more, write_gates
 from killing import Work, fork
 from neurograft import deploy, extract, history, pull, push, remove, train, transplant
 from neurograft.bank.cataloguing import versions
 from neurograft.files import file_sha256
-from neurograft.organ import read_organ
+from neurograft.organ import open_organ, read_organ
 from render import describe_run
 from tiny import save_model
 
@@ -70,7 +70,7 @@ def make_cases(folder: Path) -> list[Case]:
     extract(donor, layers=(1, 3), output=older, name="tiny", version="0.0.9")
     text.write_text("\n\n".join(f"a shadow of grade {n % 7} in the left lung" for n in range(60)), encoding="utf-8")
     push(organ, folder / "bank")
-    gates = write_gates(folder)
+    gates, opened = write_gates(folder), open_organ(organ)
     options: dict[str, Any] = {"steps": 12, "sequence_length": 16, "checkpoint_every": 4, "overwrite": True}
 
     def pull_anew(place: Path) -> None:
@@ -79,7 +79,7 @@ def make_cases(folder: Path) -> list[Case]:
 
     def deploy_next(place: Path) -> None:
         start = None if (place / "current").is_symlink() or _decided(place) else recipient
-        deploy(organ, to=place, recipient=start, gates=gates, mode="insert", at=1)
+        deploy(one_more(opened, place), to=place, recipient=start, gates=gates, mode="insert", at=1)
 
     def is_model(place: Path) -> bool:
         if not (place / "model").exists():

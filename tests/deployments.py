@@ -6,6 +6,7 @@ from pathlib import Path
 
 from neurograft import history, rollback
 from neurograft.files import file_sha256
+from neurograft.organ import Organ
 
 EASY = "<=100*baseline"
 IMPOSSIBLE = "<=0.01*baseline"
@@ -20,6 +21,12 @@ def write_gates(folder: Path, limit: str = EASY) -> Path:
         f'gates:\n  reports:\n    metric: perplexity\n    data: reports.txt\n    limit: "{limit}"\n', encoding="utf-8"
     )
     return path
+
+
+def one_more(organ: Organ, folder: Path) -> Organ:
+    """Return an organ under a name that is not deployed in a folder: by how many entries its history has."""
+    entries = (folder / "history.jsonl").read_bytes().count(b"\n") if (folder / "history.jsonl").exists() else 0
+    return Organ(organ.manifest.model_copy(update={"name": f"{organ.name}-{entries}"}), organ.tensors)
 
 
 def go_back(folder: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import neurograft
-from deployments import everything, write_gates
+from deployments import everything, one_more, write_gates
 from neurograft.errors import NeurograftError
 from neurograft.organ import Organ
 
@@ -42,6 +42,7 @@ def place(disk: Path, organ: Organ, donor: Path, tmp_path_factory: pytest.TempPa
     gates = write_gates(disk)
     neurograft.push(disk / "organ.safetensors", disk / "bank")
     neurograft.deploy(organ, to=disk / "hospital", recipient=donor, gates=gates, mode="insert", at=1)
+    one_more(organ, disk / "hospital").save(disk / "second.safetensors")
     neurograft.plant(disk / "canaries.jsonl", canaries=disk / "secret.json", count=10, seed=3)
     measured = neurograft.evaluate(donor, data={"words": disk / "text.txt"}, **SHORT)
     (disk / "measured.json").write_text(measured.model_dump_json())
@@ -99,7 +100,7 @@ def _study(place: Path, donor: Path) -> None:
 Verb = Callable[[Path, Path], Any]
 VERBS: dict[str, Verb] = {
     "sign": _sign,
-    "deploy": lambda p, d: neurograft.deploy(p / "organ.safetensors", to=p / "hospital", gates=p / "gates.yaml", at=2),
+    "deploy": lambda p, d: neurograft.deploy(p / "second.safetensors", to=p / "hospital", gates=p / "gates.yaml", at=2),
     "first deployment": lambda p, d: neurograft.deploy(to=p / "clinic", recipient=d),
     "rollback": lambda p, d: neurograft.rollback(p / "hospital"),
     "push": lambda p, d: neurograft.push(DATA / "organ-v2.safetensors", p / "bank"),

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from deployments import go_back
+from deployments import go_back, one_more
 from killing import Work, fork
 from neurograft import deploy, history
 from neurograft.deployment import folder as folders
@@ -89,7 +89,7 @@ def main() -> None:
     opened = open_organ(organ)
 
     works: dict[str, Work] = {
-        "deploy": lambda place: deploy(opened, to=place, gates=gates, mode="insert", at=1),
+        "deploy": lambda place: deploy(one_more(opened, place), to=place, gates=gates, mode="insert", at=1),
         "rollback": go_back,
     }
     work, place = works[kind], Path(scratch) / "place"

@@ -37,7 +37,7 @@ def trials(request: pytest.FixtureRequest, hospital: Path, tmp_path: Path, organ
 
 def test_current_is_whole_whenever_it_is_killed(trials: dict[str, Any]) -> None:
     deploying = trials["kind"] == "deploy"
-    before, after = ("0002-tiny", "0003-tiny") if deploying else ("0002-tiny", "0001-")
+    before, after = ("0002-tiny", "0003-tiny-2") if deploying else ("0002-tiny", "0001-")
     assert sum(trial["killed"] for trial in trials["random"]) == MOMENTS
     for trial in [*trials["random"], *trials["steps"]]:
         assert trial["whole"] and trial["points_to"].startswith((before, after)), trial

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from deployments import one_more
 from neurograft import deploy
 from neurograft.deployment.gates import read_gates
 from neurograft.deployment.harness import check_tasks
@@ -56,7 +57,9 @@ def test_a_local_task_is_answered_by_both_models(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    report = deploy(organ, to=hospital, gates=_gates(tasks, score="acc", questions=6), mode="insert")
+    report = deploy(
+        one_more(organ, hospital), to=hospital, gates=_gates(tasks, score="acc", questions=6), mode="insert"
+    )
     printed = capfd.readouterr()
     assert printed.out == ""  # which --json needs for itself
     assert "loglikelihood" not in printed.err and "not a git" not in printed.err
@@ -65,7 +68,7 @@ def test_a_local_task_is_answered_by_both_models(
     assert gate.better is not None and gate.worse is not None and gate.baseline is not None
     assert gate.value - gate.baseline == pytest.approx((gate.better - gate.worse) / 6)
     with pytest.raises(GateError, match="letters has no score 'bleu' for single questions; known are acc, acc_norm"):
-        deploy(organ, to=hospital, gates=_gates(tasks, score="bleu"), mode="insert")
+        deploy(one_more(organ, hospital), to=hospital, gates=_gates(tasks, score="bleu"), mode="insert")
 
 
 def test_unknown_tasks_are_refused(tasks: Path) -> None:
