@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import threading
@@ -304,7 +305,7 @@ def test_a_lost_link_is_put_back_as_the_sentence_says(hospital: Path) -> None:
     (hospital / "current").unlink()
     with pytest.raises(HistoryError, match="the link was lost; put it back with: ln -s versions/0002-tiny ") as caught:
         rollback(hospital)
-    subprocess.run(str(caught.value).partition("with: ")[2].removesuffix("."), shell=True, check=True)
+    subprocess.run(shlex.split(str(caught.value).partition("with: ")[2].removesuffix(".")), check=True)
     assert os.readlink(hospital / "current") == target
     assert history(hospital).current == "0002-tiny"
 
