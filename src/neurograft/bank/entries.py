@@ -128,8 +128,8 @@ def parse_entry(text: str | bytes, where: str, *, name: str, version: str) -> En
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the whole"
         raise BankDigestError(
-            f"{where} is not as the schema of a bank says ({place}: {first['msg']}); it was altered, which "
-            f"a new push mends once it is taken away, or a newer neurograft wrote it."
+            f"{where} is not as the schema of a bank says ({place}: {first['msg']}); it was altered (take "
+            "it away, and push the organ again), or a newer neurograft wrote it."
         ) from error
     if (entry.name, entry.version) != (name, version):
         raise BankDigestError(f"{where} is about {entry.name} {entry.version}, not {name} {version}; it was altered.")
