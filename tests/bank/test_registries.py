@@ -256,15 +256,15 @@ def test_a_token_that_ends_while_a_file_is_sent(organ: Organ, tmp_path: Path, mo
     file, ask = save_version(organ, tmp_path, "1.0.0"), RegistryStore._ask
 
     def slow(self: RegistryStore, method: str, url: str, **options: object) -> object:
-        time.sleep(0.3 if method == "PATCH" else 0)
+        time.sleep(0.4 if method == "PATCH" else 0)
         return ask(self, method, url, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(RegistryStore, "_ask", slow)
-    tokens = serve_tokens(tmp_path, {"clinic": "right"}, lasting_seconds=-59)  # the registry allows a minute's leeway
+    tokens = serve_tokens(tmp_path, {"clinic": "right"}, lasting_seconds=-58)  # the registry allows a minute's leeway
     with tokens as (auth, given), _serve(tmp_path, auth) as host:
         _log_in(tmp_path, host, "right")
         neurograft.push(file, f"oci://{host}/tiny")
-        assert len(given) > 3
+        assert len(given) > 2  # one to read, one to write, and another when that ended
         assert neurograft.pull(f"oci://{host}/tiny", output=tmp_path / "out.safetensors").entry.version == "1.0.0"
 
 
