@@ -24,7 +24,6 @@ import torch
 
 from neurograft import extraction
 from neurograft.allocator import keeping_freed_memory
-from neurograft.anatomy import describe
 from neurograft.arithmetic import Arithmetic
 from neurograft.demonstration import find_ontology, find_packaged_model, read_definitions
 from neurograft.models import load_model, load_tokenizer
@@ -49,21 +48,19 @@ class Way:
     """Training options."""
     all_logits: bool = False
     """Whether all logits are to exist at a time."""
-    compiled: bool = False
-    """Whether `torch.compile` compiles the decoder layers."""
     plain: bool = False
     """Whether attention is left to torch's fused kernel, and freed memory goes back to the system at once."""
     trainer: bool = False
     """Whether transformers' Trainer runs it, not our loop."""
 
 
-CACHED = {"cache_prefix": "always"}
+CACHED, COMPILED = {"cache_prefix": "always"}, {"compile": "always"}
 WAYS: dict[str, Way] = {
     "LoRA, rank 16": Way("lora"),
     "LoRA, rank 16, float32": Way("lora", options={"precision": "float32"}),
     "LoRA, rank 16, all logits": Way("lora", all_logits=True),
     "LoRA, rank 16, fused attention, memory given back": Way("lora", plain=True),
-    "LoRA, rank 16, compiled": Way("lora", compiled=True),
+    "LoRA, rank 16, compiled": Way("lora", options=COMPILED),
     "LoRA, rank 16, transformers' Trainer": Way("lora", options={"precision": "bfloat16"}, trainer=True),
     "all parameters": Way("full", all_logits=True),
     "organ 10:13": Way("organ", {"layers": "10:13"}, {"cache_prefix": "never"}),
@@ -72,10 +69,14 @@ WAYS: dict[str, Way] = {
     "organ 10:30, cached below, fused attention, memory given back": Way(
         "organ", {"layers": "10:30"}, CACHED, plain=True
     ),
-    "organ 10:30, cached below, compiled": Way("organ", {"layers": "10:30"}, CACHED, compiled=True),
+    "organ 10:30, cached below, compiled": Way("organ", {"layers": "10:30"}, {**CACHED, **COMPILED}),
+    "organ 10:30, rank 16, cached below, compiled": Way(
+        "organ", {"layers": "10:30"}, {**CACHED, **COMPILED, "rank": 16}
+    ),
     "organ 10:30, rank 16, cached below": Way("organ", {"layers": "10:30"}, {**CACHED, "rank": 16}),
     "organ 27:30": Way("organ", {"layers": "27:30"}, {"cache_prefix": "never"}),
     "organ 27:30, cached below": Way("organ", {"layers": "27:30"}, CACHED),
+    "organ 27:30, cached below, compiled": Way("organ", {"layers": "27:30"}, {**CACHED, **COMPILED}),
     "organ 27:30, cached below, float32": Way("organ", {"layers": "27:30"}, {**CACHED, "precision": "float32"}),
     "organ 27:30, cached below, sampled vocabulary": Way(
         "organ", {"layers": "27:30"}, {**CACHED, "vocabulary": "sampled"}
@@ -147,9 +148,6 @@ def measure(name: str) -> dict[str, Any]:
             run.loss.head = None
         if way.plain:
             run.arithmetic = Arithmetic(run.arithmetic.kernels)
-        if way.compiled:
-            for layer in model.get_submodule(describe(model).layers_path).children():
-                layer.compile(dynamic=False)
         if way.trainer:
             first, seconds = time_trainer(model, batches, Path(folder))
         else:

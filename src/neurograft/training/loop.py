@@ -25,6 +25,7 @@ from neurograft.errors import NeurograftError, UsageError
 from neurograft.loss import NextTokenLoss, VocabularySample
 from neurograft.models import cache_directory
 from neurograft.sharding import fill, spread_like, whole
+from neurograft.training.compiling import LayerCompiler
 from neurograft.training.filling import Passages
 from neurograft.training.filling import fill as fill_caches
 from neurograft.training.offloading import OffloadedLayers, skipping
@@ -232,6 +233,7 @@ class TrainingRun:
         if below is not None:
             fill_caches(self._prefix, below, list(self._passages()))
         self.caller, self.parameters = self.processes.prepare(model, trainee.parameters)
+        self._compiler = self._make_compiler()
         self.lr = self._choose_lr()
         self.optimizers = Optimizers(
             self.parameters, name=options.optimizer, lr=self.lr, weight_decay=options.weight_decay
@@ -268,6 +270,19 @@ class TrainingRun:
             return None
         return VocabularySample(self.loss.head, self.batches.training.input_ids, _OTHER_TOKENS)
 
+    def _make_compiler(self) -> LayerCompiler:
+        """Choose whether the layers above the frozen ones are compiled, or leave that to the first steps."""
+        several = self.processes.count > 1
+        if several and self.options.compile == "always":
+            raise UsageError("--compile always is for one process; leave it at auto, which compiles in one alone.")
+        layers = list(self.model.get_submodule(describe(self.model).layers_path).children())
+        return LayerCompiler(
+            layers[self.trainee.first_layer :],
+            self.options.compile,
+            steps=self.batches.steps,
+            eligible=not several and self.model.device.type == "cpu" and self.options.dp_epsilon is None,
+        )
+
     def _choose_lr(self) -> float:
         """Return the peak learning rate, chosen by the number of layers that train if it was left open."""
         if self.options.lr != "auto":
@@ -290,6 +305,7 @@ class TrainingRun:
         torch.manual_seed(self.options.seed)
         self._random = torch.get_rng_state()
         self._restore()
+        self._compiler.recall(self.state.compiled)
         self._before, self._started = self.state.seconds, time.monotonic()
         self._saved = self._started
         self._tracking.start(self.state.key)
@@ -343,7 +359,8 @@ class TrainingRun:
         if self._vocabulary is not None:
             self._vocabulary.draw(self.options.seed * self.batches.steps + self.state.step)
         tokens = _count(self.batches.training, rows)
-        loss = self._passes(rows, tokens)
+        loss = self._compiler.run(self.state.step, lambda: self._passes(rows, tokens), self._clear_gradients)
+        self.state.compiled = self._compiler.chosen
         if not math.isfinite(loss):
             raise NeurograftError(
                 f"training diverged: the loss at step {self.state.step + 1} is {loss}; try a lower --lr than "
@@ -391,6 +408,10 @@ class TrainingRun:
                 # The processes' gradients are averaged, and their sum is wanted.
                 (loss * self.processes.count if self.processes.count > 1 else loss).backward()
         return float(loss.detach())
+
+    def _clear_gradients(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def _update(self) -> None:
         """Let the optimizer take its step along the gradient."""

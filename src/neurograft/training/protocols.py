@@ -399,7 +399,12 @@ def _evaluation(texts: Texts, run: TrainingRun) -> Evaluation:
 
 def hyperparameters_of(run: TrainingRun) -> dict[str, Any]:
     """Return how a run trained, for its organ's manifest; what was left to be chosen is there as it was chosen."""
-    chosen = {"lr": run.lr, "kernels": run.arithmetic.kernels, "attention": run.arithmetic.attention}
+    chosen = {
+        "lr": run.lr,
+        "kernels": run.arithmetic.kernels,
+        "attention": run.arithmetic.attention,
+        "compiled": bool(run.state.compiled),
+    }
     left_out = {"protocol", "seed", *NO_EFFECT}
     if isinstance(run.batches, PrivateBatches):
         left_out |= {"held_out", "patience"}  # nothing is held out of private text

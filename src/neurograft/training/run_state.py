@@ -29,6 +29,8 @@ class RunState(BaseModel):
     """How matrices are multiplied while training, and while evaluating."""
     attention: Attention = "fused"
     """How the model attends while training."""
+    compiled: bool | None = None
+    """Whether the layers are compiled; `None` if that was not decided yet."""
     step: int = 0
     """Optimizer steps that were done."""
     tokens_seen: int = 0
