@@ -28,7 +28,10 @@ Attention = Literal["fused", "products"]
 _FLOAT32_ERROR = 1e-5
 # How much faster another way must be before it is taken: less could be noise, and a choice should not flicker.
 _WORTH_IT = 1.2
-_ROWS, _WIDTH, _SECONDS, _LEAST = 1024, 512, 0.04, 5
+_SECONDS, _LEAST = 0.04, 5
+# Rows and width of the products that are timed. Starting a product takes an accelerator longer than a small one itself,
+# and all ways would look alike.
+_ON_CPUS, _ON_ACCELERATORS = (1024, 512), (4096, 2048)
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,8 @@ def _measured(device_name: str) -> dict[Kernels, float]:
 
     device = torch.device(device_name)
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(n, _WIDTH, generator=generator).to(device) for n in (_ROWS, 2 * _WIDTH))
+    rows, width = _ON_CPUS if device.type == "cpu" else _ON_ACCELERATORS
+    a, b = (torch.randn(n, width, generator=generator).to(device) for n in (rows, 2 * width))
     exact = a.double() @ b.double().T if device.type != "mps" else None
     found: dict[Kernels, float] = {}
     for kernels in _candidates(device):
