@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import neurograft
 from neurograft import arithmetic
 from neurograft.arithmetic import Arithmetic, choose_arithmetic
 
@@ -67,3 +69,26 @@ def test_what_is_measured_is_what_can_be_chosen() -> None:
     found = arithmetic._measured("cpu")
     assert {"float32", "bfloat16"} <= set(found) <= {"float32", "float32-onednn", "bfloat16"}
     assert all(0 < taken < 60 for taken in found.values())
+
+
+def test_what_was_measured_once_is_kept_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEUROGRAFT_CACHE", str(tmp_path))
+    times: list[dict[Any, float]] = [{"float32": 1.0, "bfloat16": 0.1}, {"float32": 0.1, "bfloat16": 1.0}]
+    monkeypatch.setattr(arithmetic, "_measure", lambda _: times.pop(0))
+    for _ in range(2):  # as two processes do
+        arithmetic._measured.cache_clear()
+        assert choose_arithmetic("auto", CPU).kernels == "bfloat16"
+    (note,) = (tmp_path / "arithmetic").iterdir()
+    assert [entry.name for entry in neurograft.cache().entries] == [note.name]
+    note.write_text('{"float32": "soon"}')  # what can't be read is measured anew
+    arithmetic._measured.cache_clear()
+    assert choose_arithmetic("auto", CPU).kernels == "float32"
+    arithmetic._measured.cache_clear()
+
+
+def test_a_cache_that_can_not_be_written_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "arithmetic").write_text("a file in its place")
+    monkeypatch.setenv("NEUROGRAFT_CACHE", str(tmp_path))
+    arithmetic._measured.cache_clear()
+    assert choose_arithmetic("float32", CPU).kernels in ("float32", "float32-onednn")
+    arithmetic._measured.cache_clear()

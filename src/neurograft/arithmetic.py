@@ -8,12 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
+import json
 import logging
+import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+from neurograft.errors import NeurograftError
+from neurograft.files import atomic_file, read_bounded
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +35,8 @@ Attention = Literal["fused", "products"]
 _FLOAT32_ERROR = 1e-5
 # How much faster another way must be before it is taken: less could be noise, and a choice should not flicker.
 _WORTH_IT = 1.2
-_SECONDS, _LEAST = 0.04, 5
+_SECONDS, _LEAST = 0.12, 5
+_LARGEST_NOTE = 1 << 16  # bytes
 # Rows and width of the products that are timed. Starting a product takes an accelerator longer than a small one itself,
 # and all ways would look alike.
 _ON_CPUS, _ON_ACCELERATORS = (1024, 512), (4096, 2048)
@@ -106,10 +114,69 @@ def choose_arithmetic(precision: Precision, device: torch.device) -> Arithmetic:
 
 @functools.cache
 def _measured(device_name: str) -> dict[Kernels, float]:
-    """Return the seconds that one product takes each way; a float32 way that is not exact is left out."""
+    """Return the seconds that products take each way; as they were found when this kind of machine was first measured.
+
+    They are kept in the cache: what is measured differs a little each time, and the same command should come to the
+    same bits.
+    """
     import torch
 
+    from neurograft.models import cache_directory
+
     device = torch.device(device_name)
+    path = cache_directory() / "arithmetic" / f"{_machine(device)}.json"
+    if noted := _read(path):
+        return noted
+    found = _measure(device)
+    log.info("matrix products: %s", ", ".join(f"{kernels} {1e3 * taken:.2f} ms" for kernels, taken in found.items()))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path, overwrite=False) as temporary:
+            temporary.write_text(json.dumps(found), encoding="utf-8")
+    except (NeurograftError, OSError) as error:
+        log.info("what was measured can't be kept (%s)", error)
+    # Another process may have been a moment earlier.
+    return _read(path) or found
+
+
+def _machine(device: torch.device) -> str:
+    """Return a name for all machines that multiply alike: of the processor, with threads and version of torch."""
+    import torch
+
+    parts: list[object] = [torch.__version__, str(device)]
+    if device.type == "cpu":
+        parts += [_processor(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
+    elif device.type == "cuda":
+        parts += [torch.cuda.get_device_name(device)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _processor() -> str:
+    """Return what the system calls the processor, with all that it can do where the system says so."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        told = ("model name", "flags", "Features", "CPU part")
+        return "\n".join(sorted({line for line in lines if line.startswith(told)}))
+    return f"{platform.machine()} {platform.processor()}"
+
+
+def _read(path: Path) -> dict[Kernels, float]:
+    """Read what was noted; nothing where nothing was, or something that is no such note."""
+    try:
+        found = json.loads(read_bounded(path, _LARGEST_NOTE))
+        noted = {kernels: float(found[kernels]) for kernels in get_args(Kernels) if kernels in found}
+    except (NeurograftError, OSError, ValueError, TypeError):
+        return {}
+    return noted if {"float32", "bfloat16"} <= set(noted) and all(0 < taken < 60 for taken in noted.values()) else {}
+
+
+def _measure(device: torch.device) -> dict[Kernels, float]:
+    """Time products each way, in turns: other work on the machine should hit all ways alike.
+
+    A float32 way that is not exact is left out.
+    """
+    import torch
+
     generator = torch.Generator().manual_seed(0)
     rows, width = _ON_CPUS if device.type == "cpu" else _ON_ACCELERATORS
     a, b = (torch.randn(n, width, generator=generator).to(device) for n in (rows, 2 * width))
@@ -118,12 +185,17 @@ def _measured(device_name: str) -> dict[Kernels, float]:
     for kernels in _candidates(device):
         with Arithmetic(kernels).active(device):
             product = torch.nn.functional.linear(a, b)
-            if kernels == "float32-onednn" and exact is not None:
-                error = float((product.double() - exact).norm() / exact.norm())
-                if error > _FLOAT32_ERROR:
-                    continue
-            found[kernels] = _time(lambda: torch.nn.functional.linear(a, b), device)
-    log.info("matrix products: %s", ", ".join(f"{kernels} {1e3 * taken:.2f} ms" for kernels, taken in found.items()))
+        if kernels == "float32-onednn" and exact is not None:
+            error = float((product.double() - exact).norm() / exact.norm())
+            if error > _FLOAT32_ERROR:
+                continue
+        found[kernels] = float("inf")
+    end, times = time.perf_counter() + _SECONDS, 0
+    while times < _LEAST or time.perf_counter() < end:
+        times += 1
+        for kernels, least in found.items():
+            with Arithmetic(kernels).active(device):
+                found[kernels] = min(least, _time(lambda: torch.nn.functional.linear(a, b), device))
     return found
 
 
@@ -136,19 +208,14 @@ def _candidates(device: torch.device) -> list[Kernels]:
 
 
 def _time(compute: Callable[[], object], device: torch.device) -> float:
-    """Return the least seconds that a computation took, of several: other work on the machine only adds to it."""
+    """Return the seconds that a computation took."""
     import torch
 
-    best, end, times = float("inf"), time.perf_counter() + _SECONDS, 0
+    started = time.perf_counter()
     compute()
-    while times < _LEAST or time.perf_counter() < end:
-        times += 1
-        started = time.perf_counter()
-        compute()
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return best
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - started
 
 
 def fast_float32(device: torch.device) -> contextlib.AbstractContextManager[None]:

@@ -1,4 +1,4 @@
-"""What neurograft keeps to save time: dequantised models, hidden states, interrupted scans, organs, a demo's model."""
+"""What neurograft keeps to save time, such as dequantised models, hidden states, interrupted scans and organs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from neurograft.files import explained_os_errors
 from neurograft.models import cache_directory
 
-CacheKind = Literal["gguf", "prefix", "scan", "studies", "organs", "demo"]
+CacheKind = Literal["gguf", "prefix", "scan", "studies", "organs", "demo", "arithmetic"]
 
 
 class CacheEntry(BaseModel):
@@ -22,7 +22,7 @@ class CacheEntry(BaseModel):
     kind: CacheKind
     """`gguf`: a dequantised model; `prefix`: hidden states that enter an organ; `scan`: where an interrupted scan
     stands; `studies`: what building models without weights has shown; `organs`: organ files out of banks; `demo`:
-    the demo's recipient.
+    the demo's recipient; `arithmetic`: how fast this machine multiplies matrices in each way.
     """
     name: str
     bytes: int

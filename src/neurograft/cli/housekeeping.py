@@ -14,7 +14,7 @@ from neurograft.cli.arguments import AsJson
 @app.command()
 def cache(
     clear: Annotated[
-        Literal["gguf", "prefix", "scan", "studies", "organs", "demo", "all"] | None,
+        Literal["gguf", "prefix", "scan", "studies", "organs", "demo", "arithmetic", "all"] | None,
         typer.Option("--clear", help="Delete this kind: gguf, prefix, scan, studies, organs, demo or all."),
     ] = None,
     as_json: AsJson = False,
