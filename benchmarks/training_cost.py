@@ -85,7 +85,7 @@ WAYS: dict[str, Way] = {
 
 
 def main() -> None:
-    """Measure every way, in turns, and write the medians."""
+    """Measure every way, in turns, and write the medians after every round."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--one", metavar="WAY", help="measure one, and print it as JSON")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
@@ -94,12 +94,17 @@ def main() -> None:
         print(json.dumps(measure(arguments.one)))
         return
     found: dict[str, list[dict[str, Any]]] = {}
-    for _ in range(arguments.rounds):
+    for number in range(arguments.rounds):
         for way in WAYS:
             command = [sys.executable, __file__, "--one", way]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             found.setdefault(way, []).append(json.loads(output.splitlines()[-1]))
             print(way, found[way][-1], flush=True)
+        write(found, number + 1)
+
+
+def write(found: dict[str, list[dict[str, Any]]], rounds: int) -> None:
+    """Write the medians of the rounds so far."""
     rows = [
         {
             "way": way,
@@ -113,12 +118,7 @@ def main() -> None:
         }
         for way, runs in found.items()
     ]
-    settings = {
-        "rounds": arguments.rounds,
-        "steps": STEPS,
-        "batch_size": BATCH_SIZE,
-        "sequence_length": SEQUENCE_LENGTH,
-    }
+    settings = {"rounds": rounds, "steps": STEPS, "batch_size": BATCH_SIZE, "sequence_length": SEQUENCE_LENGTH}
     result = {"run": describe_run("python benchmarks/training_cost.py"), "settings": settings, "rows": rows}
     RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

@@ -94,6 +94,7 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     cases: list[tuple[str | Path, str]] = [
         (tmp_path / "no.txt", "there is no file or folder"),
+        ("/dev/null", "/dev/null is a pipe or a device; text is read from files and folders"),
         (tmp_path / "empty", "holds no .txt"),
         ("org/data", "the Hub did not give it"),
     ]

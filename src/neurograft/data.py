@@ -96,6 +96,8 @@ def _read_path(path: str | Path, column: str, separator: str | None, encoding: s
         yield from _read_file(local, column, separator, encoding)
     elif _HUB_ID.match(str(path)) and _suffix(local) not in _BUILDERS:
         yield from _read_hub(str(path), column)
+    elif local.exists():
+        raise DataError(f"{path} is a pipe or a device; text is read from files and folders.")
     else:
         raise DataError(f"there is no file or folder {path}.")
 

@@ -106,7 +106,7 @@ def _folder_beside(path: Path) -> Iterator[Path]:
 
     Only a process that is killed outright leaves one; the next that writes the same path clears it.
     """
-    _clear_left(path)
+    clear_left(path)
     folder = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     folder.mkdir()
     try:
@@ -131,14 +131,19 @@ def locked(folder: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _clear_left(path: Path) -> None:
-    """Delete what killed processes left of writing `path`; what is new may be about to be locked."""
+def clear_left(path: Path, *, new: bool = False) -> None:
+    """Delete what killed processes left of writing `path`.
+
+    Args:
+        path: What they were to write.
+        new: Whether also what is new: it may be about to be locked, if another process can be writing the same.
+    """
     name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")
     for left in path.parent.iterdir():
         if not name.fullmatch(left.name):
             continue
         with suppress(OSError):  # another process may clear it at the same time
-            if time.time() - left.stat().st_mtime > _NEW_SECONDS:
+            if new or time.time() - left.stat().st_mtime > _NEW_SECONDS:
                 with locked(left) as free:
                     if free:
                         shutil.rmtree(left, ignore_errors=True)

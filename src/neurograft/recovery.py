@@ -36,6 +36,7 @@ from neurograft.training.recovery import (
     train_stages,
     trained_values,
 )
+from neurograft.training.run_state import forget_state
 from neurograft.training.search import NO_MEANING_FOR_RECOVERY
 from neurograft.transplanted import Transplanted
 from neurograft.undoing import refuse_entangled
@@ -215,7 +216,7 @@ def _take_over_everywhere(
 
 def _forget_states(output: Path, stages: int) -> None:
     for number in range(stages):
-        stage_path(output, number, stages).unlink(missing_ok=True)
+        forget_state(stage_path(output, number, stages))
 
 
 def _parse(options: dict[str, Any]) -> TrainingOptions:

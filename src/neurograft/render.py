@@ -206,7 +206,7 @@ def recovery(surgery: SurgicalRecord, output: str) -> RenderableType:
     done = surgery.recoveries[-1]
     rows = [
         ("organ", done.organ),
-        ("scope", done.scope + (f", {done.neighbours} on each side" if done.neighbours else "")),
+        ("scope", done.scope + (f", up to {done.neighbours} on each side" if done.neighbours else "")),
     ]
     for number, stage in enumerate(done.stages, start=1):
         rows.append(

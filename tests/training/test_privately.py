@@ -276,7 +276,7 @@ def test_a_document_without_a_gradient_is_noticed(
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"dp_epsilon": None, "dp_delta": 1e-3}, "dp_delta goes with dp_epsilon"),
+        ({"dp_epsilon": None, "dp_delta": 1e-3}, "--dp-delta says how private --dp-epsilon is"),
         ({"dp_epsilon": 0.0}, "--dp-epsilon: .* greater than 0"),
         ({"dp_epsilon": 1e9}, "--dp-epsilon: .* less than or equal to 100"),
         ({"vocabulary": "sampled"}, "a sampled vocabulary is that of the private text"),

@@ -297,3 +297,39 @@ def test_wrong_ways_to_train_are_refused(
     donor = model_directory("llama")
     with pytest.raises(UsageError, match=message):
         train(extract(donor, layers=(2, 4)), host=donor, data=text, **{**QUICK, **options})
+
+
+def test_an_insert_goes_on_from_what_it_has_learned(
+    organ: Organ, donor: Path, text: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = train(organ, host=donor, data=text, protocol="insert", **QUICK)
+    again = train(first, host=donor, data=text, protocol="insert", **QUICK)
+    assert f"note: {first.name} was trained as an insert, and goes on from there" in caplog.text
+    ((before, after),) = ((e.after, again.manifest.evaluations[-1].before) for e in first.manifest.evaluations)
+    assert after == pytest.approx(before, rel=1e-5)
+    assert again.manifest.evaluations[-1].after < after
+    train(first, host=donor, data=text, **QUICK)
+    assert f"note: {first.name} was trained to stand between layers, and in_place lets it replace some" in caplog.text
+
+
+def test_what_is_odd_about_the_text_is_said(
+    organ: Organ, donor: Path, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(text.read_text().splitlines(keepends=True)[:3]))
+    train(organ, host=donor, data=text, eval_data=few, max_tokens=20, sequence_length=16, batch_size=2)
+    assert "note: 3 documents of the evaluation text are in the training text too" in caplog.text
+    assert "note: a step takes 32 tokens, more than --max-tokens 20" in caplog.text
+    with pytest.raises(UsageError, match="an optimizer step would take 1 x 5000 sequences, and the text fills"):
+        train(organ, host=donor, data=text, batch_size=5000)
+
+
+@pytest.mark.parametrize(
+    ("changes", "suspect"),
+    [({"anchor": 1e9}, "--anchor than 1e\\+09"), ({"weight_decay": 1e6}, "--weight-decay than 1e\\+06")],
+)
+def test_what_likely_made_it_diverge_is_named(
+    changes: dict[str, Any], suspect: str, organ: Organ, donor: Path, text: Path
+) -> None:
+    with pytest.raises(NeurograftError, match=f"training diverged: the loss at step .* try a lower {suspect}"):
+        train(organ, host=donor, data=text, **{**QUICK, "steps": 60, "patience": 99, **changes})

@@ -46,6 +46,7 @@ log = logging.getLogger("neurograft")
 # Tokens of the vocabulary that stand, in each step, for all those that do not occur in the training text.
 _OTHER_TOKENS = 2048
 _TOKENIZED_TOGETHER = 64
+_FEW = 16  # sequences that a step may take of any text, over and over if need be
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,17 @@ class Batches:
             separator_id=data.separator_token(tokenizer),
         )
         step_size = options.batch_size * options.accumulate
-        if options.accumulate > 1 and step_size > 2 * len(training.input_ids):
+        asked = options.accumulate > 1 or "batch_size" in options.model_fields_set
+        if asked and step_size > max(_FEW, 2 * len(training.input_ids)):
             raise UsageError(
                 f"an optimizer step would take {options.accumulate} x {options.batch_size} sequences, and the text "
                 f"fills {len(training.input_ids)}; give a smaller --accumulate or --batch-size."
             )
+        if options.max_tokens is not None and step_size * options.sequence_length > options.max_tokens:
+            log.warning(
+                "note: a step takes %s tokens, more than --max-tokens %s",
+                f"{step_size * options.sequence_length:,}", f"{options.max_tokens:,}",
+            )  # fmt: skip
         held_out = pack_held_out(texts, tokenizer, options)
         steps = count_steps(options, len(training.input_ids))
         return cls(training, held_out, steps, options.batch_size, options.seed, options.accumulate)
@@ -363,8 +370,7 @@ class TrainingRun:
         self.state.compiled = self._compiler.chosen
         if not math.isfinite(loss):
             raise NeurograftError(
-                f"training diverged: the loss at step {self.state.step + 1} is {loss}; try a lower --lr than "
-                f"{self.lr:g}."
+                f"training diverged: the loss at step {self.state.step + 1} is {loss}; try a lower {self._suspect()}."
             )
         self._consistent = False
         self._update()
@@ -408,6 +414,14 @@ class TrainingRun:
                 # The processes' gradients are averaged, and their sum is wanted.
                 (loss * self.processes.count if self.processes.count > 1 else loss).backward()
         return float(loss.detach())
+
+    def _suspect(self) -> str:
+        """Return what most likely made a run diverge, as it is given: by a decay of 2 and more weights grow."""
+        for name in ("anchor", "weight_decay"):
+            value = getattr(self.options, name)
+            if value * self.lr >= 2:
+                return f"--{name.replace('_', '-')} than {value:g}"
+        return f"--lr than {self.lr:g}"
 
     def _clear_gradients(self) -> None:
         for parameter in self.parameters:

@@ -126,21 +126,21 @@ class TrainingOptions(BaseModel):
             names = " and ".join(f"--{name.replace('_', '-')}" for name in given)
             raise ValueError(f"{names} say when to stop, each in its own way; give one")
         if self.offload and self.cache_prefix == "never":
-            raise ValueError("offload keeps on disk what enters the organ, and cache_prefix never forbids that")
+            raise ValueError("--offload keeps on disk what enters the organ, and --cache-prefix never forbids that")
         if self.rank is not None and self.strength < 1:
-            raise ValueError("strength mixes weights and rank trains factors of their changes; give one of them")
+            raise ValueError("--strength mixes weights and --rank trains factors of their changes; give one of them")
         return self
 
     @model_validator(mode="after")
     def _private(self) -> TrainingOptions:
         if self.dp_epsilon is None:
             if self.dp_delta is not None:
-                raise ValueError("dp_delta goes with dp_epsilon; give both, or neither")
+                raise ValueError("--dp-delta says how private --dp-epsilon is; give that too")
             return self
         if self.vocabulary == "sampled":
             raise ValueError("a sampled vocabulary is that of the private text, which it would show; leave it full")
         if self.compile == "always":
-            raise ValueError("compiled layers show no gradients of single documents; leave compile out")
+            raise ValueError("compiled layers show no gradients of single documents; leave --compile out")
         for name, why in (
             ("patience", "a private training takes all the steps that its noise was chosen for"),
             ("held_out", "a private training measures nothing on its own text; give evaluation data instead"),

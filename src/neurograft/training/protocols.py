@@ -48,7 +48,7 @@ from neurograft.training.offloading import skipping
 from neurograft.training.options import TrainingOptions, fit_to_model, parse_options
 from neurograft.training.privately import PrivateBatches, PrivateRun, check_private, find_secret
 from neurograft.training.processes import Processes, one_by_one, whole_weights
-from neurograft.training.run_state import state_path
+from neurograft.training.run_state import forget_state, state_path
 
 if TYPE_CHECKING:
     from torch import nn
@@ -160,7 +160,7 @@ def _write(processes: Processes, organ: Organ, output: Path, resume: Path, *, ov
 
     def write() -> tuple[str, dict[str, torch.Tensor]]:
         saved = organ.save(output, overwrite=overwrite)
-        resume.unlink(missing_ok=True)
+        forget_state(resume)
         return saved.manifest.model_dump_json(), {}
 
     text, _ = processes.from_first(write)
@@ -182,7 +182,10 @@ def read_texts(paths: Any, eval_paths: Any, options: TrainingOptions, reading: d
     log.info("reading the text")
     documents = data.read_documents(paths, **reading)
     if eval_paths is not None:
-        return Texts(documents, data.read_documents(eval_paths, **reading))
+        held_out = data.read_documents(eval_paths, **reading)
+        if shared := len(set(held_out) & set(documents)):
+            log.warning("note: %d documents of the evaluation text are in the training text too", shared)
+        return Texts(documents, held_out)
     if options.dp_epsilon is not None:
         return Texts(documents, [])
     return Texts(*data.split_documents(documents, held_out=options.held_out, seed=options.seed))
@@ -219,6 +222,11 @@ def _train(
     log.info("loading the host %s", directory.name)
     absent = _absent(organ, config, options) if options.offload else None
     model, below = load_host(directory, absent, options.host_precision, trust_remote_code=trust_remote_code)
+    if options.protocol == "in_place" and _was_inserted(organ):
+        log.warning(
+            "note: %s was trained to stand between layers, and in_place lets it replace some; see --protocol insert",
+            organ.name,
+        )
     with skipping(below):
         attachment = _place(model, organ, options)
     organ = organ.without_values()  # they are in the model now, and need not be in memory twice
@@ -311,7 +319,10 @@ def _run_key(organ: Organ, host: ModelDirectory, texts: Texts, options: Training
 def _place(model: PreTrainedModel, organ: Organ, options: TrainingOptions) -> Attachment:
     """Put the organ where it is to be trained."""
     position, dtype = _position(organ, options), torch.float32
-    if options.protocol == "insert":
+    if options.protocol == "insert" and _was_inserted(organ):
+        log.warning("note: %s was trained as an insert, and goes on from there", organ.name)
+        attachment = attach(model, organ, at=position, mode="insert", dtype=dtype)
+    elif options.protocol == "insert":
         log.info("finding the tensors that make the organ an identity")
         attachment = attach(model, as_identity(organ), at=position, mode="insert", dtype=dtype)
     elif options.protocol == "standalone":
@@ -320,6 +331,10 @@ def _place(model: PreTrainedModel, organ: Organ, options: TrainingOptions) -> At
         attachment = attach(model, organ, at=position, mode="replace", dtype=dtype)
     give_up_originals(model, attachment)
     return attachment
+
+
+def _was_inserted(organ: Organ) -> bool:
+    return organ.manifest.training is not None and organ.manifest.training.protocol == "insert"
 
 
 def _trained_organ(

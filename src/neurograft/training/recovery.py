@@ -117,7 +117,8 @@ def plan_recovery(
         raise UsageError(
             f"other layers stand between those of {organ}, so it has more than two sides; use --scope organ."
         )
-    width = (neighbours or 1) if scope == "neighbours" else 0
+    # Beyond the ends of the model there is nothing that could train.
+    width = min(neighbours or 1, max(own[0], layer_count - 1 - own[-1])) if scope == "neighbours" else 0
     if scope == "seams":
         stages = [[own[0], *([own[-1] + 1] if own[-1] + 1 < layer_count else [])]]
     else:

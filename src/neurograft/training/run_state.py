@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from neurograft.arithmetic import Attention, Kernels
 from neurograft.errors import UsageError
-from neurograft.files import atomic_file
+from neurograft.files import atomic_file, clear_left
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +45,12 @@ class RunState(BaseModel):
     """Index of the best entry of `held_out`."""
     secret: str = ""
     """Of a private run, in hexadecimal: what its choice of documents and its noise come from."""
+
+
+def forget_state(path: Path) -> None:
+    """Delete the state of a run that is done, with what processes that were killed while they wrote it have left."""
+    path.unlink(missing_ok=True)
+    clear_left(path, new=True)
 
 
 def state_path(output: Path) -> Path:
