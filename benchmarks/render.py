@@ -442,7 +442,7 @@ def training_cost_section(result: dict[str, Any]) -> str:
     return (
         f"## What a training step costs\n\n{settings['batch_size']} x {settings['sequence_length']} tokens; medians "
         f"of {settings['rounds']} rounds in turns. Needed are only the products with weights that the method asks for; "
-        "the rate is that of plain products of the same size in the same arithmetic, measured in the same process. The "
+        "the rate is that of plain products of the same size in the same arithmetic, measured after each step. The "
         "aim was a share of 70 %.\n\n" + table([*header, "memory beyond model, MB", "in all, MB"], rows)
     )
 

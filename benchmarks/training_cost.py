@@ -150,30 +150,37 @@ def measure(name: str) -> dict[str, Any]:
             run.arithmetic = Arithmetic(run.arithmetic.kernels)
         if way.trainer:
             first, seconds = time_trainer(model, batches, Path(folder))
+            rate = matrix_rate(run.arithmetic)
         else:
             with contextlib.nullcontext() if way.plain else keeping_freed_memory():
-                first, seconds = time_steps(run)
+                first, seconds, rate = time_steps(run)
     peak = memory.peak()
     return {
         "seconds": seconds,
         "first_seconds": first,
         "kernels": run.arithmetic.kernels,
         "gigaflop": needed_flop(model, run, way.options) / 1e9,
-        "rate": matrix_rate(run.arithmetic) / 1e9,
+        "rate": rate / 1e9,
         "megabytes": (peak - memory.before) / 1e6,
         "megabytes_in_all": peak / 1e6,
     }
 
 
-def time_steps(run: Any) -> tuple[float, float]:
-    """Return the seconds of the first step and of one after a pass, which warms up and fills the cache, if any."""
+def time_steps(run: Any) -> tuple[float, float, float]:
+    """Return the seconds of the first step and of one after a pass, which warms up and fills the cache, if any.
+
+    The third is the rate of plain products, measured after each of those steps: on machines that are shared it changes
+    within seconds.
+    """
     rows = [list(range(n * BATCH_SIZE, (n + 1) * BATCH_SIZE)) for n in range(STEPS)]
-    run._started, run._before, times = time.monotonic(), 0.0, []
+    run._started, run._before, times, rates = time.monotonic(), 0.0, [], []
     for chosen in (*rows, *rows):
         started = time.monotonic()
         run._step(chosen)
         times.append(time.monotonic() - started)
-    return times[0], sum(times[STEPS:]) / STEPS
+        if len(times) > STEPS:
+            rates.append(matrix_rate(run.arithmetic))
+    return times[0], statistics.mean(times[STEPS:]), statistics.harmonic_mean(rates)
 
 
 def time_trainer(model: Any, batches: Batches, folder: Path) -> tuple[float, float]:
@@ -235,7 +242,7 @@ def matrix_rate(arithmetic: Arithmetic) -> float:
         a, b = a.bfloat16(), b.bfloat16()
     best = float("inf")
     with arithmetic.active(device):
-        for _ in range(200):
+        for _ in range(50):
             started = time.perf_counter()
             torch.nn.functional.linear(a, b)
             best = min(best, time.perf_counter() - started)
