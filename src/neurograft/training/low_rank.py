@@ -104,17 +104,24 @@ class _Changed(torch.autograd.Function):
             merged = (
                 torch.empty_like(weight, dtype=narrow).copy_(weight).addmm_(b.to(narrow), a.to(narrow), alpha=SCALE)
             )  # (outputs, inputs)
-            ctx.save_for_backward(entering, a, b, merged)
+            # A merged matrix for each map is as much memory as the layers; the weight itself is there anyway.
+            ctx.merged = narrow != weight.dtype
+            ctx.save_for_backward(entering, a, b, merged if ctx.merged else weight)
             ctx.dtype = hidden.dtype
             return torch.nn.functional.linear(entering, merged, bias)
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, None, None]:
-        entering, a, b, merged = ctx.saved_tensors
-        gradient = outer[0].to(merged.dtype)  # (..., outputs)
+        entering, a, b, matrix = ctx.saved_tensors
+        gradient = outer[0].to(matrix.dtype)  # (..., outputs)
         flat, given = gradient.flatten(0, -2), entering.flatten(0, -2)  # (N, outputs), (N, inputs)
-        low_given, low = given @ a.to(merged.dtype).T, flat @ b.to(merged.dtype)  # (N, rank) each
-        of_hidden = (gradient @ merged).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        narrow_a = a.to(matrix.dtype)
+        low_given, low = given @ narrow_a.T, flat @ b.to(matrix.dtype)  # (N, rank) each
+        of_hidden = None
+        if ctx.needs_input_grad[0]:
+            passed = flat @ matrix
+            of_hidden = (passed if ctx.merged else passed.addmm_(low, narrow_a, alpha=SCALE)).view_as(entering)
+            of_hidden = of_hidden.to(ctx.dtype)
         of_a, of_b = low.T @ given, flat.T @ low_given
         return of_hidden, of_a.to(a.dtype).mul_(SCALE), of_b.to(b.dtype).mul_(SCALE), None, None
 
