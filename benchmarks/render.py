@@ -210,10 +210,10 @@ matrices, is measured [below](#what-a-training-step-costs), and so is [what was
 tried](#what-the-training-engine-chooses-from). The time counts on the validation text, which also chooses the best
 weights of every run; domain and general perplexities are of other documents. The cases of 500k go over some 110k or
 160k tokens of text three to four and a half times, with the settings that the search of the short cases chose; with
-those, organs and LoRA alike are best after one or two passes, and learn by heart from then on. In the anchored case
+those, organs and LoRA alike are best after one or two passes, and learn by heart from then on. In the anchored cases
 what trains, in organ and LoRA alike, is pulled back a little to where it began (`--anchor`): nearly all of what is lost
-on general text otherwise is kept, for some 2 % of domain perplexity. Seconds compare within a case, not between cases:
-they were measured on different days.
+on general text otherwise is kept, for 1 % or 2 % of domain perplexity. Seconds compare within a case, not between
+cases: they were measured on different days and, from 2026-11-28, on another machine.
 """
 
 
@@ -441,9 +441,9 @@ def training_cost_section(result: dict[str, Any]) -> str:
     header = ["step of", "arithmetic", "seconds", "the first", "GFLOP needed", "share of matrix rate"]
     return (
         f"## What a training step costs\n\n{settings['batch_size']} x {settings['sequence_length']} tokens; medians "
-        f"of {settings['rounds']} rounds in turns. Needed are only the products with weights that the method asks for; "
-        "the rate is that of plain products of the same size in the same arithmetic, measured after each step. The "
-        "aim was a share of 70 %.\n\n" + table([*header, "memory beyond model, MB", "in all, MB"], rows)
+        f"of {counted(settings['rounds'], 'round')} in turns. Needed are only the products with weights that the "
+        "method asks for; the rate is that of plain products of the same size in the same arithmetic, measured after "
+        "each step. The aim was a share of 70 %.\n\n" + table([*header, "memory beyond model, MB", "in all, MB"], rows)
     )
 
 
