@@ -284,7 +284,7 @@ class TestRefusals:
             ({"budget": ["tokens=9"]}, "less than one optimizer step"),
             ({"lr": 7}, "--lr"),
             ({"budget": ["bytes=10"]}, r"no organ keeps to the budget: the cheapest, layers 5:6, takes about"),
-            ({"batch_size": 5000}, "there is too little text for one batch"),
+            ({"batch_size": 100}, "there is too little text for one batch"),
         ],
     )
     def test_options(self, options: dict[str, Any], sentence: str, recipient: Path, text: Path) -> None:
