@@ -24,7 +24,7 @@ import torch
 
 from neurograft import extraction
 from neurograft.allocator import keeping_freed_memory
-from neurograft.arithmetic import Arithmetic
+from neurograft.arithmetic import Arithmetic, choose_arithmetic
 from neurograft.demonstration import find_ontology, find_packaged_model, read_definitions
 from neurograft.models import load_model, load_tokenizer
 from neurograft.training.baselines import METHODS, prepare
@@ -135,6 +135,7 @@ def measure(name: str) -> dict[str, Any]:
     )  # fmt: skip
     documents = read_definitions(find_ontology())
     batches = Batches.build(Texts(documents[: STEPS * BATCH_SIZE * 8], documents[-4:]), tokenizer, options)
+    choose_arithmetic("auto", torch.device("cpu"))  # once for all ways: it is kept in the cache as it is now
     with tempfile.TemporaryDirectory() as folder:
         os.environ["NEUROGRAFT_CACHE"] = folder
         organ = None
