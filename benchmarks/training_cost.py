@@ -61,7 +61,7 @@ WAYS: dict[str, Way] = {
     "LoRA, rank 16, all logits": Way("lora", all_logits=True),
     "LoRA, rank 16, fused attention, memory given back": Way("lora", plain=True),
     "LoRA, rank 16, compiled": Way("lora", options=COMPILED),
-    "LoRA, rank 16, transformers' Trainer": Way("lora", options={"precision": "bfloat16"}, trainer=True),
+    "LoRA, rank 16, transformers' Trainer": Way("lora", trainer=True),
     "all parameters": Way("full", all_logits=True),
     "organ 10:13": Way("organ", {"layers": "10:13"}, {"cache_prefix": "never"}),
     "organ 10:13, cached below": Way("organ", {"layers": "10:13"}, CACHED),
@@ -89,22 +89,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--one", metavar="WAY", help="measure one, and print it as JSON")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("ways", nargs="*", help="measure only these again, on the same machine")
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(measure(arguments.one)))
         return
     found: dict[str, list[dict[str, Any]]] = {}
+    kept = json.loads(RESULT.read_text(encoding="utf-8"))["rows"] if arguments.ways else []
     for number in range(arguments.rounds):
-        for way in WAYS:
+        for way in arguments.ways or WAYS:
             command = [sys.executable, __file__, "--one", way]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             found.setdefault(way, []).append(json.loads(output.splitlines()[-1]))
             print(way, found[way][-1], flush=True)
-        write(found, number + 1)
+        write(found, number + 1, kept)
 
 
-def write(found: dict[str, list[dict[str, Any]]], rounds: int) -> None:
-    """Write the medians of the rounds so far."""
+def write(found: dict[str, list[dict[str, Any]]], rounds: int, kept: list[dict[str, Any]]) -> None:
+    """Write the medians of the rounds so far, beside the rows that are not measured again."""
     rows = [
         {
             "way": way,
@@ -118,6 +120,8 @@ def write(found: dict[str, list[dict[str, Any]]], rounds: int) -> None:
         }
         for way, runs in found.items()
     ]
+    rows += [row for row in kept if row["way"] not in found]
+    rows.sort(key=lambda row: list(WAYS).index(row["way"]))
     settings = {"rounds": rounds, "steps": STEPS, "batch_size": BATCH_SIZE, "sequence_length": SEQUENCE_LENGTH}
     result = {"run": describe_run("python benchmarks/training_cost.py"), "settings": settings, "rows": rows}
     RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -150,7 +154,8 @@ def measure(name: str) -> dict[str, Any]:
         if way.plain:
             run.arithmetic = Arithmetic(run.arithmetic.kernels)
         if way.trainer:
-            first, seconds = time_trainer(model, batches, Path(folder))
+            narrow = run.arithmetic.kernels == "bfloat16"
+            first, seconds = time_trainer(model, batches, Path(folder), narrow=narrow)
             rate = matrix_rate(run.arithmetic)
         else:
             with contextlib.nullcontext() if way.plain else keeping_freed_memory():
@@ -184,8 +189,15 @@ def time_steps(run: Any) -> tuple[float, float, float]:
     return times[0], statistics.mean(times[STEPS:]), statistics.harmonic_mean(rates)
 
 
-def time_trainer(model: Any, batches: Batches, folder: Path) -> tuple[float, float]:
-    """Let transformers' Trainer take as many steps on the same sequences, in bfloat16; return the same times."""
+def time_trainer(model: Any, batches: Batches, folder: Path, *, narrow: bool) -> tuple[float, float]:
+    """Let transformers' Trainer take as many steps on the same sequences; return the same times.
+
+    Args:
+        model: What it trains.
+        batches: The text.
+        folder: Where it may write.
+        narrow: Whether in bfloat16, as the loop does where that is the faster.
+    """
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     times: list[float] = []
@@ -203,7 +215,7 @@ def time_trainer(model: Any, batches: Batches, folder: Path) -> tuple[float, flo
         for n in range(min(2 * STEPS * BATCH_SIZE, len(packed.input_ids)))
     ]
     arguments = TrainingArguments(
-        output_dir=str(folder / "trainer"), per_device_train_batch_size=BATCH_SIZE, max_steps=2 * STEPS, bf16=True,
+        output_dir=str(folder / "trainer"), per_device_train_batch_size=BATCH_SIZE, max_steps=2 * STEPS, bf16=narrow,
         use_cpu=True, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     dataset: Any = rows

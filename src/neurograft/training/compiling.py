@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("neurograft")
 
-# Compiling takes half a minute and saves an eighth of every step (benchmarks/training_cost.py): from four minutes on it
-# is earned back, and from this many seconds more than twice over.
+# Compiling takes half a minute and saves an eighth of every step where many layers train (benchmarks/training_cost.py):
+# from four minutes on it is earned back, and from this many seconds more than twice over.
 _WORTH_SECONDS = 600.0
 _TIMED = 3  # steps by the shortest of which it is judged how long the others will take
 

@@ -71,8 +71,8 @@ class TrainingOptions(BaseModel):
     short measurement finds it faster, and otherwise, as with `float32`, the fastest float32."""
     compile: Compile = "auto"
     """Whether `torch.compile` compiles the layers that train and those above them, which takes half a minute and a C++
-    compiler, and saves an eighth of every step or more, and memory. `auto`: on CPUs, in one process, where the first
-    steps say that the others will take ten minutes or more."""
+    compiler, and saves about an eighth of every step where many layers train. `auto`: on CPUs, in one process, where
+    the first steps say that the others will take ten minutes or more."""
     host_precision: HostPrecision = "float32"
     """How the frozen host is held: as `float32`; as it is `stored`, such as bfloat16 in half of the memory; or as
     `nf4`, four bits for each weight of its layers' matrices (bitsandbytes, on GPUs). The organ is float32 anyway."""
