@@ -201,15 +201,15 @@ def read_index(path: Path, name: str) -> dict[str, str]:
     """
     try:
         shards = json.loads(read_bounded(path).decode())["weight_map"]
-        files = {str(tensor): file for tensor, file in shards.items()}
+        files = {str(tensor): str(file) for tensor, file in shards.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(
             f"{path} is no shard index: it should be a JSON object whose weight_map says which file holds each tensor."
         ) from error
     if not files:
         raise ModelError(f"the index of {name} names no tensors.")
-    for file in files.values():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+    for file in sorted(set(files.values())):
+        if Path(file).name != file or not file.endswith(".safetensors"):
             raise ModelError(
                 f"the index of {name} names the shard {file!r}; a shard is a .safetensors file beside the index."
             )

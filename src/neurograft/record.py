@@ -88,8 +88,8 @@ def make_record(
         for layer in range(placement.organ.layer_count)
     ]
     layers = []
-    for position, step in enumerate(steps):
-        digest = layer_digest(written.digests, checkpoint.layer_prefix, position)
+    digests = layer_digests(written.digests, checkpoint.layer_prefix, len(steps))
+    for step, digest in zip(steps, digests, strict=True):
         name, layer = sources[step.layer] if step.source == "organ" else ("", 0)
         layers.append(before[step.layer] if not name else Origin(organ=name, layer=layer, digest=digest))
     operations = [
@@ -134,10 +134,8 @@ def _operation(
 
 
 def _original_layers(checkpoint: Checkpoint, digests: Mapping[str, str | None]) -> list[Origin]:
-    return [
-        Origin(organ=None, layer=layer, digest=layer_digest(digests, checkpoint.layer_prefix, layer))
-        for layer in range(checkpoint.layer_count)
-    ]
+    found = layer_digests(digests, checkpoint.layer_prefix, checkpoint.layer_count)
+    return [Origin(organ=None, layer=layer, digest=digest) for layer, digest in enumerate(found)]
 
 
 def combine_known(digests: Mapping[str, str | None]) -> str | None:
@@ -146,12 +144,20 @@ def combine_known(digests: Mapping[str, str | None]) -> str | None:
     return combine_digests(known) if len(known) == len(digests) else None
 
 
-def layer_digest(digests: Mapping[str, str | None], prefix: str, layer: int) -> str | None:
-    """Combine the digests of one layer's tensors, by their names inside the layer; `None` if one is not known."""
-    start = f"{prefix}{layer}."
-    return combine_known(
-        {name.removeprefix(start): digest for name, digest in digests.items() if name.startswith(start)}
-    )
+def layer_digests(digests: Mapping[str, str | None], prefix: str, count: int) -> list[str | None]:
+    """Combine the digests of each layer's tensors, by their names inside the layer; `None` where one is not known.
+
+    Args:
+        digests: Tensor name -> digest, of a whole model.
+        prefix: What stands before the layer number in the names.
+        count: How many layers there are.
+    """
+    layers: list[dict[str, str | None]] = [{} for _ in range(count)]
+    for name, digest in digests.items():
+        number, _, inner = name.removeprefix(prefix).partition(".")
+        if name.startswith(prefix) and number.isdigit() and int(number) < count:
+            layers[int(number)][inner] = digest
+    return list(map(combine_known, layers))
 
 
 def unique_names(placements: Sequence[Placement], checkpoint: Checkpoint) -> list[str]:

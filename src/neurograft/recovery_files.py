@@ -19,7 +19,7 @@ from neurograft.model_files import Written, plan_files, write_model
 from neurograft.models import ModelDirectory, load_model_and_unused
 from neurograft.number_formats import held, load_piece
 from neurograft.organ import Organ, clean_name
-from neurograft.record import EXPLANT_FOLDER, free_explant, layer_digest
+from neurograft.record import EXPLANT_FOLDER, free_explant, layer_digests
 from neurograft.steps import Step
 from neurograft.tensor_files import Piece, torch_name
 from neurograft.training.recovery import RecoveryPlan
@@ -64,9 +64,10 @@ def write_recovered(
     outside = [number for number in numbers if number not in case.own]
     explants = _write_explants(case, outside, answers, target)
     changed = []
+    found = layer_digests(digests, checkpoint.layer_prefix, checkpoint.layer_count)
     for number in numbers:
         path, layer = explants.get(number, (None, 0))
-        digest = layer_digest(digests, checkpoint.layer_prefix, number)
+        digest = found[number]
         assert digest is not None
         changed.append(
             ChangedLayer(
@@ -229,10 +230,9 @@ def _rounding(checkpoint: Checkpoint, layers: Sequence[int]) -> tuple[float, flo
 
 def write_record(case: Transplanted, recovery: Recovery, digests: Mapping[str, str], target: Path) -> SurgicalRecord:
     """Write the surgical record with one more recovery, and return it."""
-    prefix = case.checkpoint.layer_prefix
+    found = layer_digests(digests, case.checkpoint.layer_prefix, len(case.record.layers))
     layers = [
-        origin.model_copy(update={"digest": layer_digest(digests, prefix, number)})
-        for number, origin in enumerate(case.record.layers)
+        origin.model_copy(update={"digest": digest}) for origin, digest in zip(case.record.layers, found, strict=True)
     ]
     update = {
         "schema_version": SCHEMA_VERSION,

@@ -32,7 +32,7 @@ from neurograft.manifest import (
 from neurograft.model_files import Written, plan_files, seal_of, write_model
 from neurograft.models import resolve
 from neurograft.organ import open_organ
-from neurograft.record import EXPLANT_FOLDER, combine_known, layer_digest, read_record
+from neurograft.record import EXPLANT_FOLDER, combine_known, layer_digests, read_record
 from neurograft.steps import Step
 from neurograft.studies import study_order, studying
 from neurograft.tensor_files import Piece
@@ -199,9 +199,8 @@ class _Excision:
         Raises:
             VerificationError: A layer was changed since the transplant.
         """
-        prefix = self.checkpoint.layer_prefix
-        for position, origin in enumerate(origins):
-            digest = layer_digest(written.digests, prefix, position)
+        digests = layer_digests(written.digests, self.checkpoint.layer_prefix, len(origins))
+        for origin, digest in zip(origins, digests, strict=True):
             if None not in (digest, origin.digest) and digest != origin.digest:
                 raise VerificationError(
                     f"{label_of(origin)} was changed since the transplant, so removing {self.operation.organ} would "

@@ -6,6 +6,7 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -217,15 +218,19 @@ class Surgery:
             for name, piece in pieces_of_all(self.placements).items()
         }
 
+    @cached_property
+    def _kept(self) -> dict[str, str]:
+        """The recipient's tensors that stay, name there -> name in the result."""
+        return new_names(self.checkpoint, self.steps)
+
     def _leaving(self) -> dict[str, Piece]:
         """Return the recipient's tensors that `replace` takes out."""
-        kept = new_names(self.checkpoint, self.steps)
-        return {name: piece for name, piece in self.checkpoint.pieces.items() if name not in kept}
+        return {name: piece for name, piece in self.checkpoint.pieces.items() if name not in self._kept}
 
     def _original_digests(self, written: Written, leaving: Mapping[str, Piece]) -> dict[str, str | None]:
         """Return the digest of each of the recipient's tensors, as it was read to be copied."""
-        kept = new_names(self.checkpoint, self.steps)
-        return {**{old: written.digests[new] for old, new in kept.items()}, **self.checkpoint.digests_of(leaving)}
+        stay = {old: written.digests[new] for old, new in self._kept.items()}
+        return {**stay, **self.checkpoint.digests_of(leaving)}
 
     def _verify_organ(self, fitted: Mapping[str, Piece], written: Written) -> None:
         """Check that the organs' bytes, as copied, are those that their files were checked to hold.
