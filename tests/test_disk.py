@@ -309,18 +309,20 @@ _PROGRAM = """
 import json, pathlib, sys
 import neurograft
 organ = neurograft.extract(sys.argv[1], layers="2:4", verify="bytes", output=sys.argv[3] + "/o.safetensors")
-neurograft.check(organ.path, sys.argv[2])
 neurograft.inspect(organ.path)
 out = sys.argv[3] + "/out"
 record = neurograft.transplant(organ.path, sys.argv[2], at=3, mode="insert", verify="bytes", output=out)
 neurograft.remove(sys.argv[3] + "/out", output=sys.argv[3] + "/back")
+loaded = sorted({"numpy"} & sys.modules.keys())
+neurograft.check(organ.path, sys.argv[2])
 try:
     neurograft.transplant(organ.path, sys.argv[2], at=99, mode="insert", output=sys.argv[3] + "/no")
 except neurograft.errors.IncompatibleError as error:
     refusal = str(error)
 status = pathlib.Path('/proc/self/status').read_text()
 size = int(status.split('VmHWM:')[1].split()[0]) // 1000
-print(json.dumps([record.tensors_digest, size, sorted({"torch", "transformers"} & sys.modules.keys()), refusal]))
+loaded += sorted({"torch", "transformers"} & sys.modules.keys())
+print(json.dumps([record.tensors_digest, size, loaded, refusal]))
 """
 
 

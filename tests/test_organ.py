@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -204,6 +206,40 @@ def test_not_finite(value: float, organ: Organ, tmp_path: Path, listing: Listing
         bad.save(tmp_path / "bad.safetensors")
     with pytest.raises(OrganFileError, match="NaN or infinite"):
         read_organ(tmp_path / "bad.safetensors")
+
+
+_READ_WITHOUT_NUMPY = """
+import sys
+from neurograft.errors import OrganFileError
+from neurograft.organ import open_organ
+for path in sys.argv[1:]:
+    try:
+        open_organ(path)
+        print("fine", "numpy" in sys.modules)
+    except OrganFileError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_what_is_not_finite_is_also_found_where_numpy_is_not_loaded_yet(
+    dtype: torch.dtype, organ: Organ, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr("neurograft.organ.digest_pieces", lambda pieces, **_: digest_pieces(pieces))
+    largest = torch.finfo(dtype).max
+    paths = list[Path]()
+    for value in (1.5, -torch.finfo(dtype).tiny, -largest, largest, float("-inf"), float("nan")):
+        tensor = torch.ones(300_001, dtype=dtype)
+        tensor[-1] = value
+        paths.append(tmp_path / f"{len(paths)}.safetensors")
+        Organ(organ.manifest, {"layers.0.weight": tensor}).save(paths[-1])
+    done = subprocess.run(
+        [sys.executable, "-c", _READ_WITHOUT_NUMPY, *paths], capture_output=True, text=True, check=True
+    )
+    ordinary, tiny, *extremes, infinite, nan = done.stdout.splitlines()
+    assert (ordinary, tiny) == ("fine False", "fine False")
+    assert all(line.startswith("fine") for line in extremes)
+    assert all("weight has 1 values that are NaN or infinite" in line for line in (infinite, nan))
 
 
 def test_output_is_never_overwritten_unasked(organ: Organ, organ_file: Path) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from neurograft.errors import ModelError, UsageError
@@ -20,6 +19,7 @@ from neurograft.manifest import Mode, Sketch
 from neurograft.sketch import States, boundary_states, encode_probe, text_digest, unpack_states, window_of
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from neurograft.organ import Organ
@@ -156,6 +156,8 @@ def verdict_of(distance: float) -> Verdict:
 
 def linear_cka(first: States, second: States) -> float:
     """Return linear CKA of two sets of states, (N, r) each, on the same tokens: 1 if one is the other, turned."""
+    import numpy as np
+
     x, y = first - first.mean(axis=0), second - second.mean(axis=0)
     scale = np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)
     return float(np.linalg.norm(y.T @ x) ** 2 / scale) if scale > 0 else 0.0
@@ -167,6 +169,8 @@ def frechet_distance(first: States, second: States) -> float:
     The square of the distance, |m - n|^2 + tr(C + D - 2 (C D)^(1/2)), is divided by what it would be if means and axes
     had nothing in common, |m|^2 + |n|^2 + tr(C) + tr(D).
     """
+    import numpy as np
+
     means = first.mean(axis=0), second.mean(axis=0)
     spreads = [np.cov(states, rowvar=False, bias=True) for states in (first, second)]
     root = _square_root(spreads[0])
@@ -178,6 +182,8 @@ def frechet_distance(first: States, second: States) -> float:
 
 def _square_root(matrix: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Return the symmetric square root of a covariance."""
+    import numpy as np
+
     values, vectors = np.linalg.eigh(matrix)
     root: np.ndarray[Any, Any] = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
     return root

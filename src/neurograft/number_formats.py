@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from neurograft.byte_moves import Bytes, Cuttable, Held, at_once
 from neurograft.errors import OrganFileError
-from neurograft.tensor_files import FLOATS, Piece, torch_name
+from neurograft.tensor_files import FLOATS, Piece, bytes_of, torch_name
 
 # numpy is imported where it is used: a tenth of a second counts where a transplant takes half of one.
 if TYPE_CHECKING:
@@ -21,16 +22,28 @@ _EXPONENTS = {
     "F16": ("uint16", 0x7C00),
     "BF16": ("uint16", 0x7F80),
 }
+_WORTH_NUMPY = 256 << 20  # bytes
 _NUMPY = {"F64": "float64", "F32": "float32", "F16": "float16"}
 
 
 def count_wild_values(chunk: memoryview, dtype: str) -> int:
     """Return how many values of a plain floating-point dtype are NaN or infinite."""
+    # Where it is not there yet: for a small organ, importing numpy would take longer than all of this.
+    if "numpy" not in sys.modules and _is_tame(chunk, dtype):
+        return 0
     import numpy as np
 
     integer, bits = _EXPONENTS[dtype]
     values, exponent = np.frombuffer(chunk, integer), np.dtype(integer).type(bits)
     return int(np.count_nonzero((values & exponent) == exponent))
+
+
+def _is_tame(chunk: memoryview, dtype: str) -> bool:
+    """Whether no value is near the end of the dtype's range, going by each one's last byte: the upper exponent bits."""
+    width, bits = FLOATS[dtype], _EXPONENTS[dtype][1]
+    upper = bits >> (8 * width - 8)
+    ends = bytes(chunk)[width - 1 :: width]
+    return not any(end & upper == upper and end in ends for end in range(256))
 
 
 def to_float32(chunk: memoryview | bytes, dtype: str) -> np.ndarray[Any, Any]:
@@ -131,6 +144,8 @@ def digest_pieces(pieces: Mapping[str, Piece], *, finite_in: str | None = None) 
     Raises:
         OrganFileError: Names the first such tensor and how many of its values are not finite.
     """
+    if finite_in is not None and bytes_of(pieces.values()) >= _WORTH_NUMPY:
+        import numpy as np  # noqa: F401 (`count_wild_values` takes it where it is there)
     found = at_once(
         lambda piece: _digest(piece, finite_in is not None),
         [(piece, piece.source.size) for piece in pieces.values()],

@@ -16,9 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from neurograft.anatomy import describe
 from neurograft.errors import ModelError, OrganFileError
@@ -26,13 +24,14 @@ from neurograft.manifest import Sketch
 from neurograft.models import position_limit
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger("neurograft")
 
-States = np.ndarray[Any, Any]
+States: TypeAlias = "np.ndarray[Any, Any]"
 """(N, r) float64: projected hidden states, a row a token."""
 
 SEED = 20260114
@@ -99,6 +98,7 @@ def boundary_states(model: PreTrainedModel, windows: Sequence[Sequence[int]]) ->
     Raises:
         ModelError: The model can't be run, or a state is not finite.
     """
+    import numpy as np
     import torch
 
     from neurograft.probe import eval_mode
@@ -205,6 +205,8 @@ def unpack_states(sketch: Sketch, name: str) -> tuple[States, States]:
     Raises:
         OrganFileError: The sketch is not as it says.
     """
+    import numpy as np
+
     try:
         entering, leaving = (
             np.frombuffer(base64.b64decode(text, validate=True), "<f2").astype(np.float64).reshape(-1, sketch.width)
