@@ -386,4 +386,4 @@ def test_wrong_arguments_are_one_json_document_too(arguments: list[str], message
     assert done.returncode == 2
     error = json.loads(done.stdout)["error"]
     assert error["kind"] == "UsageError" and message in error["message"] and "Value error" not in error["message"]
-    assert "Error: " in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

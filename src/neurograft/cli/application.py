@@ -217,14 +217,24 @@ def _run() -> int:
     try:
         return int(app(standalone_mode=False) or 0)
     except _WrongArguments as error:
-        if "--json" in sys.argv:
-            message = " ".join(error.format_message().replace("Value error, ", "").split())
-            sys.stdout.write(json.dumps({"error": {"kind": "UsageError", "message": message}}) + "\n")
-        error.show()
+        _show_wrong_arguments(error)
         return EXIT_ERROR
     except (typer.Abort, KeyboardInterrupt):
         sys.stderr.write("error: interrupted; nothing was written.\n")
         return EXIT_INTERRUPTED
+
+
+def _show_wrong_arguments(error: Any) -> None:
+    """Say in one sentence what is wrong with the arguments, or show the help of a command that got none."""
+    context, text = error.ctx, error.format_message()
+    if context is not None and text == context.get_help():
+        error.show()
+        return
+    message = " ".join(text.replace("Value error, ", "").split())
+    if "--json" in sys.argv:
+        sys.stdout.write(json.dumps({"error": {"kind": "UsageError", "message": message}}) + "\n")
+    command = "neurograft" if context is None else context.command_path
+    sys.stderr.write(f"error: {message[:1].lower()}{message[1:].rstrip('.')}; see {command} -h.\n")
 
 
 def _keep_only(verb: str) -> None:
