@@ -210,10 +210,13 @@ matrices, is measured [below](#what-a-training-step-costs), and so is [what was
 tried](#what-the-training-engine-chooses-from). The time counts on the validation text, which also chooses the best
 weights of every run; domain and general perplexities are of other documents. The cases of 500k go over some 110k or
 160k tokens of text three to four and a half times, with the settings that the search of the short cases chose; with
-those, organs and LoRA alike are best after one or two passes, and learn by heart from then on. In the anchored cases
-what trains, in organ and LoRA alike, is pulled back a little to where it began (`--anchor`): nearly all of what is lost
-on general text otherwise is kept, for 1 % or 2 % of domain perplexity. Seconds compare within a case, not between
-cases: they were measured on different days and, from 2026-11-28, on another machine.
+those, organs and LoRA alike are best after one or two passes, and learn by heart from then on. They have one seed, and
+their text is the beginning of the ontology and of the alphabet, narrower than what the test documents are taken from,
+so their domain perplexities are no figures of what 500k tokens of a domain bring; the script has since taken documents
+from all over, with three seeds, and awaits a machine that is quick enough. In the anchored cases what trains, in organ
+and LoRA alike, is pulled back a little to where it began (`--anchor`): nearly all of what is lost on general text
+otherwise is kept, for 1 % or 2 % of domain perplexity. Seconds compare within a case, not between cases: they were
+measured on different days and, from 2026-11-28, on another machine.
 """
 
 
