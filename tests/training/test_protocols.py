@@ -187,6 +187,11 @@ def test_wrong_options(options: dict[str, Any], reason: str, donor: Path, organ:
         train(organ, host=donor, data=text, **options)
 
 
+def test_no_share_is_held_out_beside_evaluation_data(donor: Path, organ: Organ, text: Path) -> None:
+    with pytest.raises(UsageError, match="leave --held-out out"):
+        train(organ, host=donor, data=text, eval_data=text, held_out=0.2)
+
+
 def test_the_file_holds_no_text_and_no_path(donor: Path, organ: Organ, text: Path, tmp_path: Path) -> None:
     train(organ, host=donor, data=text, output=tmp_path / "o.safetensors", **QUICK)
     content = (tmp_path / "o.safetensors").read_bytes()

@@ -274,6 +274,14 @@ def test_interrupted_and_gone_on_is_uninterrupted(
     assert not list(tmp_path.glob("*resume"))
 
 
+def test_the_learning_rate_of_seams_is_that_of_vectors(one: Path, text: Path, tmp_path: Path) -> None:
+    rates = {}
+    for scope in ("seams", "organ"):
+        record = recover(one, data=text, output=tmp_path / scope, scope=scope, **{**QUICK, "lr": "auto"})
+        rates[scope] = record.recoveries[0].training.hyperparameters["lr"]
+    assert rates["seams"] == 1e-2 > rates["organ"]
+
+
 def test_the_recovered_organ_travels(one: Path, organ: Organ, recipient: Path, text: Path, tmp_path: Path) -> None:
     path = tmp_path / "o.safetensors"
     recover(one, data=text, output=tmp_path / "two", scope="seams", **QUICK)

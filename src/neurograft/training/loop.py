@@ -291,14 +291,15 @@ class TrainingRun:
         )
 
     def _choose_lr(self) -> float:
-        """Return the peak learning rate, chosen by the number of layers that train if it was left open."""
+        """Return the peak learning rate, chosen by what trains if it was left open."""
         if self.options.lr != "auto":
             return self.options.lr
         path = describe(self.model).layers_path
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         trained = {names.get(id(p), "").removeprefix(f"{path}.").partition(".")[0] for p in self.parameters}
         width = int(self.model.config.hidden_size)
-        lr = automatic_lr(len(trained), width, low_rank=self.options.rank is not None)
+        vectors = all(parameter.dim() < 2 for parameter in self.parameters)
+        lr = automatic_lr(len(trained), width, low_rank=self.options.rank is not None, vectors=vectors)
         log.info("peak learning rate %.2g", lr)
         return lr
 

@@ -52,7 +52,8 @@ class TrainingOptions(BaseModel):
     keeps next to nothing beside the weights, and whose learning rate is relative to the size of each matrix."""
     lr: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] = "auto"
     """Peak learning rate, or `auto`: 0.009 divided by the number of layers that train, at most 0.003; in proportion
-    less for models wider than 576; ten times that, at most 0.01, where `rank` is given."""
+    less for models wider than 576; ten times that, at most 0.01, where `rank` is given; 0.01 where only vectors train
+    (`recover --scope seams`)."""
     warmup: float = Field(default=0.1, ge=0, lt=1)
     """Share of the steps over which the learning rate rises."""
     schedule: Schedule = "cosine"

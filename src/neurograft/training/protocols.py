@@ -178,7 +178,10 @@ def read_texts(paths: Any, eval_paths: Any, options: TrainingOptions, reading: d
 
     Raises:
         DataError: There is no text, or it can't be read.
+        UsageError: A share is asked for that nothing would be held out for.
     """
+    if eval_paths is not None and "held_out" in options.model_fields_set:
+        raise UsageError("with evaluation data nothing is held out of the training text; leave --held-out out.")
     log.info("reading the text")
     documents = data.read_documents(paths, **reading)
     if eval_paths is not None:

@@ -10,18 +10,23 @@ Schedule = Literal["cosine", "linear", "wsd"]
 
 _LAST_SHARE = 0.1
 _STABLE = 0.7  # share of the steps after warm-up over which `wsd` holds the learning rate
+# Measured on seams, the settings of benchmarks/recovery.py: 0.003 hardly moves vectors, 0.03 costs general text.
+_LR_OF_VECTORS = 1e-2
 # Measured (benchmarks/engine.py): what is best falls with the number of layers that train, and hardly with their place.
 _LR_OF_A_LAYER, _LARGEST_LR, _WIDTH, _LOW_RANK = 9e-3, 3e-3, 576, 10.0
 
 
-def automatic_lr(layers: int, width: int, *, low_rank: bool) -> float:
+def automatic_lr(layers: int, width: int, *, low_rank: bool = False, vectors: bool = False) -> float:
     """Return a peak learning rate for AdamW and for `muon`, whose steps have the same size.
 
     Args:
         layers: How many decoder layers train.
         width: The hidden size.
         low_rank: Whether they train by low-rank changes.
+        vectors: Whether only vectors train: weights of norms, which are about 1, and biases.
     """
+    if vectors:
+        return _LR_OF_VECTORS
     lr = min(_LR_OF_A_LAYER / max(layers, 1), _LARGEST_LR) * min(1.0, _WIDTH / width)
     return min(lr * _LOW_RANK if low_rank else lr, 1e-2)
 
