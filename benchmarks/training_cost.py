@@ -224,12 +224,16 @@ def time_trainer(model: Any, batches: Batches, folder: Path, *, narrow: bool) ->
 
 
 def needed_flop(model: Any, run: Any, options: dict[str, Any]) -> float:
-    """Count the matrix products that a step needs, in floating-point operations: of weights, not of attention scores.
+    """Count the matrix products that a step needs, in floating-point operations.
 
     Every matrix that a token passes is needed once forward; above the lowest trained layer once more for the gradient
-    of what enters it; and where it trains, once more for its own. A low-rank pair is a matrix pair that trains.
+    of what enters it; and where it trains, once more for its own. A low-rank pair is a matrix pair that trains. Of
+    attention's products, queries with keys and weights with values, the half that causality leaves is needed, and above
+    the lowest trained layer twice that for the gradients of both sides.
     """
     tokens = BATCH_SIZE * SEQUENCE_LENGTH
+    width = model.config.num_attention_heads * model.config.head_dim
+    scores = 2 * 2.0 * width * (SEQUENCE_LENGTH + 1) / 2  # of a token with those up to it
     first = run.trainee.first_layer
     cached = options.get("cache_prefix") == "always"
     trained = {id(parameter) for parameter in run.trainee.parameters}
@@ -238,10 +242,11 @@ def needed_flop(model: Any, run: Any, options: dict[str, Any]) -> float:
     rows = head.shape[0] if run._vocabulary is None else run._vocabulary.size
     total = 4.0 * rows * head.shape[1] + (2.0 * head.numel() if id(head) in trained else 0.0)
     for number, layer in enumerate(model.model.layers):
+        forward = 0 if cached and number < first else 1
+        backward = 1 if number >= first else 0
+        total += scores * (forward + 2 * backward)
         for parameter in layer.parameters():
             if parameter.ndim == 2:
-                forward = 0 if cached and number < first else 1
-                backward = 1 if number >= first else 0
                 own = 1 if id(parameter) in trained else 0
                 total += 2.0 * parameter.numel() * (forward + backward + own)
     return total * tokens
