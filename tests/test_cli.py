@@ -337,6 +337,22 @@ def test_help_imports_nothing_heavy() -> None:
     assert heavy.strip() == "[]"
 
 
+def test_an_interruption_while_it_starts_ends_it_without_a_traceback() -> None:
+    code = (
+        "import os, signal, sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == sys.argv[1]:\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "import neurograft.cli\n"
+        "print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    )
+    for module, status, output in (("neurograft.cli.trust", -signal.SIGINT, ""), ("none", 0, "True\n")):
+        done = subprocess.run([sys.executable, "-c", code, module], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (status, output, "")
+
+
 def test_piped_output_is_plain(organ_file: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "neurograft", "inspect", organ_file], capture_output=True, text=True, check=True

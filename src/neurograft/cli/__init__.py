@@ -4,12 +4,10 @@ torch and everything that imports it are imported inside the commands, so that `
 are listed in the order in which their modules are imported here.
 """
 
-import os
-
-# To find plugins pydantic reads the metadata of every installed package, which takes as long as reading a manifest.
-os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-
+from neurograft.cli import starting  # isort: skip
 from neurograft.cli import organs, training, surgery, measuring, study, deployment, privacy, bank, trust, housekeeping  # noqa: F401, I001
 from neurograft.cli.application import app, main
+
+starting.done()
 
 __all__ = ["app", "main"]
