@@ -86,6 +86,7 @@ def measure(size: int, folder: Path, mergekit: Path | None, rounds: int) -> dict
     """Measure every way on one size."""
     folder.mkdir(parents=True)
     os.environ["NEUROGRAFT_CACHE"] = str(folder / "cache")
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package is not compiled anew for each command
     model = make_model(folder / "model", *SIZES[size])
     organ = folder / "organ.safetensors"
     neurograft = [str(Path(sys.executable).parent / "neurograft")]
