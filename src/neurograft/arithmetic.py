@@ -34,6 +34,8 @@ Attention = Literal["fused", "products"]
 # A relative error that float32 products have and narrower ones exceed a thousandfold.
 _FLOAT32_ERROR = 1e-5
 # How much faster another way must be before it is taken: less could be noise, and a choice should not flicker.
+ARITHMETIC_FOLDER = "arithmetic"
+"""Of the cache."""
 _WORTH_IT = 1.2
 # The same between two libraries for float32: where a machine is shared, equal ones were seen a third apart.
 _WORTH_ANOTHER_LIBRARY = 1.5
@@ -126,7 +128,7 @@ def _measured(device_name: str) -> dict[Kernels, float]:
     from neurograft.models import cache_directory
 
     device = torch.device(device_name)
-    path = cache_directory() / "arithmetic" / f"{_machine(device)}.json"
+    path = cache_directory() / ARITHMETIC_FOLDER / f"{_machine(device)}.json"
     if noted := _read(path):
         return noted
     found = _measure(device)

@@ -9,6 +9,10 @@ class UsageError(NeurograftError, ValueError):
     """An argument is wrong: a layer range, a position, a mode, a gate, an output that already exists."""
 
 
+class DiskError(NeurograftError, RuntimeError):
+    """The disk is full, or does not let itself be written to."""
+
+
 class OrganFileError(NeurograftError, ValueError):
     """An organ file is truncated, altered, foreign, from the future, or holds tensors that it should not."""
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neurograft.errors import NeurograftError, UsageError
+from neurograft.errors import DiskError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +51,7 @@ def atomic_file(path: Path, *, overwrite: bool, private: bool = False) -> Iterat
 
     Raises:
         UsageError: `path` exists and `overwrite` is false, or its folder is missing.
-        NeurograftError: The disk is full or the folder can't be written to.
+        DiskError: The disk is full or the folder can't be written to.
     """
     check_output_file(path, overwrite=overwrite)
     with explained_os_errors(path), _folder_beside(path) as folder:
@@ -70,7 +70,7 @@ def atomic_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
 
     Raises:
         UsageError: See `check_output_directory`.
-        NeurograftError: The disk is full or the folder can't be written to.
+        DiskError: The disk is full or the folder can't be written to.
     """
     check_output_directory(path, overwrite=overwrite)
     with explained_os_errors(path), _folder_beside(path) as temporary:
@@ -230,7 +230,7 @@ def require_space(folder: Path, needed: int) -> None:
     """Refuse to start a write of `needed` bytes that the disk of `folder` has no room for."""
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise NeurograftError(
+        raise DiskError(
             f"the disk of {folder} has {human_bytes(free)} free and {human_bytes(needed)} are needed; nothing was "
             f"written."
         )
@@ -248,11 +248,11 @@ def explained_os_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise NeurograftError(f"the disk is full: {path} was not written and nothing is left of it.") from error
-        raise NeurograftError(f"{path} could not be written: {error.strerror or error}.") from error
+            raise DiskError(f"the disk is full: {path} was not written and nothing is left of it.") from error
+        raise DiskError(f"{path} could not be written: {error.strerror or error}.") from error
     except SafetensorError as error:
         if "No space left" in str(error):
-            raise NeurograftError(f"the disk is full: {path} was not written and nothing is left of it.") from error
+            raise DiskError(f"the disk is full: {path} was not written and nothing is left of it.") from error
         raise
 
 

@@ -186,12 +186,19 @@ def test_a_space_smaller_than_the_search_is_refused() -> None:
     with pytest.raises(UsageError, match="of full has 2 combinations and 3 trials"):
         settings_to_try({"lr": [1e-3, 1e-4]}, 3, "full")
     assert len(settings_to_try({"lr": [1e-3, 1e-4]}, 2, "full")) == 2
+    for choice in ([1e-3, 1e-3], [1, 1.0], Range(low=1e-3, high=1.0001e-3)):  # of which there is but one to try
+        with pytest.raises(UsageError, match="of full has 1 combination and 2 trials"):
+            settings_to_try({"lr": choice}, 2, "full")
+    every = settings_to_try({"lr": [1e-3, 1e-4, 1e-5], "layers": list(range(1, 14))}, 39, "full")
+    assert len(every) == 39
 
 
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
         ("- lora", "no mapping of methods"),
+        ("lora: {lr: [0.1], rank: [8], lr: [0.2]}", "lr stands there twice, under 1"),
+        ("lora: {lr: [0.1]}\ndora: {lr: [0.1]}\nlora: {lr: [0.2]}", "lora stands there twice"),
         ("lora: 3", "no mapping of methods"),
         ("lora: {lr: 0.1}", "lora: lr is 0.1"),
         ("lora: {lr: []}", r"lora: lr is \[\]"),

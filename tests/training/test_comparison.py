@@ -22,12 +22,13 @@ from typer.testing import CliRunner
 from conftest import Factory
 from neurograft import compare
 from neurograft.cli import app
-from neurograft.errors import DataError, NeurograftError, UsageError
+from neurograft.errors import DataError, DiskError, NeurograftError, UsageError
 from neurograft.loss import NextTokenLoss
 from neurograft.training import comparison_report, measuring
 from neurograft.training.baselines import METHODS
 from neurograft.training.comparison_results import Comparison, Run, Trial, _reached, summaries
 from neurograft.training.measuring import Job, Measured, Point
+from neurograft.wording import counted
 
 EVERY = "organ,insert,standalone,lora,dora,full"
 SMALL: dict[str, Any] = {
@@ -243,6 +244,75 @@ def _measured(validation: float, *curve: tuple[float, float], counts: bool = Tru
     return Measured(perplexity={"validation": validation}, curve=points, curve_counts=counts, seconds=9.0)
 
 
+def test_a_full_disk_is_no_fault_of_a_method(
+    donor: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = measuring.measure
+
+    def full(job: Job, show: Any = None) -> Measured:
+        if job.method is not None:
+            raise DiskError("the disk is full.")
+        return measure(job, show)
+
+    arguments: dict[str, Any] = {**SMALL, "data": text, "output": tmp_path / "out", "methods": "full"}
+    with monkeypatch.context() as patch:
+        patch.setattr(measuring, "measure", full)
+        with pytest.raises(DiskError, match="the disk is full"):
+            compare(donor, **arguments)
+    assert compare(donor, **arguments).methods[0].failed == 0
+
+
+def test_a_full_disk_in_a_process_of_its_own_is_told_apart(
+    donor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (
+        "import errno\n"
+        "from neurograft.training import measuring\n"
+        "def full(*_):\n"
+        "    raise OSError(errno.ENOSPC, 'No space left on device')\n"
+        "measuring.measure = full\n"
+        "measuring.main()\n"
+    )
+    monkeypatch.setattr(measuring, "_command", lambda: [sys.executable, "-c", code])
+    with pytest.raises(DiskError, match="the disk is full"):
+        measuring.measure_apart(
+            Job(model=str(donor), method=None, training=["a"], validation=["b"]), str(tmp_path), print
+        )
+
+
+def test_what_makes_figures_weak_is_said(
+    donor: Path, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "short.txt").write_text("Short.")
+    (tmp_path / "search.yaml").write_text("full: {lr: [1e-4, 0.9]}\n")
+    report = compare(
+        donor, data=text, eval_data=text, general=tmp_path / "short.txt", output=tmp_path / "out", methods="full",
+        search=tmp_path / "search.yaml", **{**SMALL, "trials": 2},
+    )  # fmt: skip
+    assert "40 documents of the domain text are in the training text too" not in caplog.text  # some are for validation
+    assert re.search(r"\d+ documents of the domain text are in the training text too", caplog.text)
+    assert re.search(r"the general text has \d+ tokens, too few for its perplexity to say much", caplog.text)
+    page = (tmp_path / "out" / "results.md").read_text()
+    assert f"from 40 documents, {report.trained_on['domain']} of which are trained on too" in page
+    assert f"general perplexity is over {counted(report.evaluated_tokens['general'], 'token')} from 1 document" in page
+    chosen = report.methods[0].settings["lr"]
+    assert f"full: lr {chosen:.3g} is the {'lowest' if chosen == 1e-4 else 'highest'} that was tried" in page
+    assert report.runs[0].measured is not None and report.runs[0].measured.finished is not None
+
+
+def test_a_run_that_got_no_better_is_said_to_keep_its_start(donor: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "search.yaml").write_text("full: {lr: [0.9]}\n")
+    report = compare(
+        donor, data=text, output=tmp_path / "out", methods="full", search=tmp_path / "search.yaml", **SMALL
+    )
+    (run,) = report.runs
+    assert run.measured is not None and run.measured.kept_its_start
+    assert run.measured.perplexity["domain"] == pytest.approx(report.untrained["domain"])
+    assert (
+        "full, seed 0: no evaluation was better than before the first step" in (tmp_path / "out/results.md").read_text()
+    )
+
+
 def test_time_to_quality_is_that_of_the_first_evaluation_that_is_as_good() -> None:
     runs = [_measured(10, (0, 30), (2, 20), (4, 10)), _measured(12, (0, 30), (3, 14), (5, 12))]
     reached = _reached(runs, 14)
@@ -280,6 +350,7 @@ def test_refusals(donor: Path, text: Path, tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "prefix.json").write_text('{"prefix": {"lr": [0.1]}}')
     (tmp_path / "layers.json").write_text('{"organ": {"layers": [7]}}')
     (tmp_path / "few.json").write_text('{"organ": {"lr": [0.1]}}')
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
     before = sorted(tmp_path.iterdir())
     wrong: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"methods": "organ,prefix"}, UsageError, "there is no method prefix"),
@@ -288,12 +359,18 @@ def test_refusals(donor: Path, text: Path, tmp_path: Path, monkeypatch: pytest.M
         ({"output": tmp_path / "full"}, UsageError, "exists and holds no comparison"),
         ({"output": tmp_path / "two.txt"}, UsageError, "is a file; give the name of a folder"),
         ({"output": tmp_path / "a" / "b"}, UsageError, "does not exist; create it first"),
-        ({"search": tmp_path / "wings.json"}, UsageError, "wings is no setting that can be searched for organ"),
-        ({"search": tmp_path / "prefix.json"}, UsageError, "there is no method prefix"),
+        (
+            {"search": tmp_path / "wings.json"},
+            UsageError,
+            "wings.json: wings is no setting that can be searched for organ",
+        ),
+        ({"search": tmp_path / "prefix.json"}, UsageError, "prefix.json: there is no method prefix"),
         ({"search": tmp_path / "layers.json"}, UsageError, "organ of 7 layers, and the model has 6"),
-        ({"search": tmp_path / "few.json", "trials": 2}, UsageError, "organ has 1 combinations and 2 trials"),
+        ({"search": tmp_path / "few.json", "trials": 2}, UsageError, "organ has 1 combination and 2 trials"),
         ({"seeds": 0}, UsageError, "at least one of each"),
         ({"lr": 1e-3}, UsageError, "compare decides lr itself"),
+        ({"rank": 4}, UsageError, "compare decides rank itself"),
+        ({"output": tmp_path / "nowhere"}, UsageError, "is a link to nothing"),
         ({"wings": 2}, UsageError, "--wings"),
     ]
     for changes, kind, reason in wrong:

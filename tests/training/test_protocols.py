@@ -309,12 +309,12 @@ def test_an_insert_goes_on_from_what_it_has_learned(
 ) -> None:
     first = train(organ, host=donor, data=text, protocol="insert", **QUICK)
     again = train(first, host=donor, data=text, protocol="insert", **QUICK)
-    assert f"note: {first.name} was trained as an insert, and goes on from there" in caplog.text
+    assert f"{first.name} was trained as an insert, and goes on from there" in caplog.text
     ((before, after),) = ((e.after, again.manifest.evaluations[-1].before) for e in first.manifest.evaluations)
     assert after == pytest.approx(before, rel=1e-5)
     assert again.manifest.evaluations[-1].after < after
     train(first, host=donor, data=text, **QUICK)
-    assert f"note: {first.name} was trained to stand between layers, and in_place lets it replace some" in caplog.text
+    assert f"{first.name} was trained to stand between layers, and in_place lets it replace some" in caplog.text
 
 
 def test_what_is_odd_about_the_text_is_said(
@@ -323,8 +323,8 @@ def test_what_is_odd_about_the_text_is_said(
     few = tmp_path / "few.jsonl"
     few.write_text("".join(text.read_text().splitlines(keepends=True)[:3]))
     train(organ, host=donor, data=text, eval_data=few, max_tokens=20, sequence_length=16, batch_size=2)
-    assert "note: 3 documents of the evaluation text are in the training text too" in caplog.text
-    assert "note: a step takes 32 tokens, more than --max-tokens 20" in caplog.text
+    assert "3 documents of the evaluation text are in the training text too" in caplog.text
+    assert "a step takes 32 tokens, more than the 20 that were asked for" in caplog.text
     with pytest.raises(UsageError, match="an optimizer step would take 1 x 5000 sequences, and the text fills"):
         train(organ, host=donor, data=text, batch_size=5000)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from neurograft import data as text_data
 from neurograft import ranks
-from neurograft.errors import DataError, NeurograftError, UsageError
+from neurograft.errors import DataError, DiskError, NeurograftError, UsageError
 from neurograft.extraction import extract
 from neurograft.files import alone_in, atomic_file, explained_os_errors, refuse_overlap
 from neurograft.identity import as_identity
@@ -23,7 +23,7 @@ from neurograft.models import ModelDirectory, load_config, load_tokenizer, resol
 from neurograft.training import measuring
 from neurograft.training.baselines import Method, OrganSettings, find_methods, require_extra
 from neurograft.training.comparison_results import Comparison, Run, Trial, summaries
-from neurograft.training.loop import Batches, Texts
+from neurograft.training.loop import Batches, Texts, pack_held_out
 from neurograft.training.measuring import Job, Measured
 from neurograft.training.options import TrainingOptions, fit_to_model, parse_options
 from neurograft.training.protocols import versions
@@ -34,6 +34,7 @@ log = logging.getLogger("neurograft")
 
 DEFAULT_METHODS = ("organ", "lora", "dora", "full")
 REPORT = "results.json"
+_FEW_TOKENS = 100
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,9 @@ def compare(
     _check_layers(chosen, tries, directory, trust_remote_code)
     a_step = shared.batch_size * shared.sequence_length
     budget = max(search_tokens or tokens // 4, a_step)
-    with _Desk(folder, directory, text, shared, isolated, trust_remote_code) as desk:
+    trained_on, evaluated = _trained_on(text), _evaluated_tokens(text, directory, shared, trust_remote_code)
+    total = 1 + len(chosen) * (seeds + (trials if trials > 1 else 0))
+    with _Desk(folder, directory, text, shared, total, isolated, trust_remote_code) as desk:
         untrained = desk.run(None, {}, {}, "evaluating the untrained model").perplexity
         found = _search(desk, chosen, tries, budget)
         runs = _measure(desk, chosen, found, seeds)
@@ -144,6 +147,8 @@ def compare(
             passes=round(batches.steps * a_step / batches.training.input_ids.numel(), 3),
             options=shared.model_dump(mode="json", exclude=set(DECIDED_BY_COMPARE)),
             documents={name: len(documents) for name, documents in text.parts().items()},
+            trained_on=trained_on,
+            evaluated_tokens=evaluated,
             fingerprints={name: text_data.fingerprint(documents) for name, documents in text.parts().items()},
             untrained=untrained,
             methods=summaries(chosen, found, runs),
@@ -167,17 +172,20 @@ def _shared_options(options: dict[str, Any], tokens: int, evaluations: int) -> T
 def _spaces(methods: list[Method], file: Path | None) -> dict[str, Space]:
     spaces: dict[str, Space] = {method.name: dict(method.space) for method in methods}
     for name, space in (read_spaces(file) if file is not None else {}).items():
-        find_methods(name)
+        try:
+            (method,) = find_methods(name)
+            method.check_space(space)
+        except UsageError as error:
+            raise UsageError(f"{file}: {error}") from error
         if name in spaces:  # a file may well serve comparisons of fewer methods
             spaces[name] = space
-    for method in methods:
-        method.check_space(spaces[method.name])
     return spaces
 
 
 def _check_output(folder: Path, *, overwrite: bool) -> None:
-    if folder.is_file():
-        raise UsageError(f"{folder} is a file; give the name of a folder to write.")
+    if folder.is_file() or (folder.is_symlink() and not folder.exists()):
+        what = "a file" if folder.is_file() else "a link to nothing"
+        raise UsageError(f"{folder} is {what}; give the name of a folder to write.")
     if (folder / REPORT).exists() and not overwrite:
         raise UsageError(
             f"{folder} holds a finished comparison already; choose another folder or pass --overwrite, which runs only "
@@ -206,6 +214,29 @@ def _read(data: Any, eval_data: Any, general: Any, options: TrainingOptions, rea
     if general is not None:
         evaluated["general"] = text_data.read_documents(general, **reading)
     return _Text(training, validation, evaluated)
+
+
+def _trained_on(text: _Text) -> dict[str, int]:
+    """Say of each text that is evaluated how many of its documents are trained on too, where that is any."""
+    training = set(text.training)
+    found = {name: sum(document in training for document in documents) for name, documents in text.parts().items()}
+    found = {name: count for name, count in found.items() if count and name != "training"}
+    for name, count in found.items():
+        verb = "is" if count == 1 else "are"
+        log.warning("%s of the %s text %s in the training text too", counted(count, "document"), name, verb)
+    return found
+
+
+def _evaluated_tokens(text: _Text, directory: ModelDirectory, options: TrainingOptions, trust: bool) -> dict[str, int]:
+    """Return how many tokens of each text a perplexity is over."""
+    tokenizer, tokens = load_tokenizer(directory, trust_remote_code=trust), {}
+    for name, documents in text.parts().items():
+        if name != "training":
+            packed = pack_held_out(Texts([], documents), tokenizer, options)
+            tokens[name] = int((packed.labels[:, 1:] != text_data.IGNORED_LABEL).sum())
+            if tokens[name] < _FEW_TOKENS:
+                log.warning("the %s text has %d tokens, too few for its perplexity to say much", name, tokens[name])
+    return tokens
 
 
 def _check_amount(text: _Text, directory: ModelDirectory, options: TrainingOptions, trust: bool) -> Batches:
@@ -248,6 +279,7 @@ class _Desk:
         directory: The model.
         text: The text.
         options: The shared training options.
+        total: How many runs there will be.
         isolated: Whether each run has a process of its own.
         trust: See `neurograft.models.resolve`.
     """
@@ -258,12 +290,14 @@ class _Desk:
         directory: ModelDirectory,
         text: _Text,
         options: TrainingOptions,
+        total: int,
         isolated: bool,
         trust: bool,
     ) -> None:
         self.folder, self.directory, self.text, self.options = folder, directory, text, options
         self.isolated, self.trust, self._doing = isolated, trust, "the comparison"
         self.layer_count = _layer_count(directory, trust)
+        self._total, self._number = total, 0
         self._alone = ExitStack()
 
     def __enter__(self) -> _Desk:
@@ -323,7 +357,9 @@ class _Desk:
             evaluated=self.text.evaluated if final else {},
             trust_remote_code=self.trust,
         )
-        return measuring.measure_once(job, what, self.folder, title, isolated=self.isolated)
+        self._number += 1
+        place = f"{title} ({self._number} of {self._total})"
+        return measuring.measure_once(job, what, self.folder, place, isolated=self.isolated)
 
     def _organ(self, method: Method | None, settings: Settings) -> str | None:
         """Write the organ that a method starts from, outside the process that is measured; `None` if it needs none."""
@@ -388,8 +424,10 @@ def _try(
 ) -> tuple[Measured | None, str | None]:
     try:
         return desk.run(method, settings, changes, title, final=final), None
+    except DiskError:  # which is no fault of the method
+        raise
     except NeurograftError as error:
-        log.warning("%s failed: %s", title, error)
+        log.warning("%s failed: %s", title, str(error).rstrip("."))
         return None, str(error)
 
 

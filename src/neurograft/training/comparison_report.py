@@ -47,7 +47,10 @@ def show(spread: Spread | None, digits: int = 2) -> str:
 
 
 def _show_bytes(spread: Spread | None) -> str:
-    return "failed" if spread is None else human_bytes(round(spread.mean))
+    if spread is None:
+        return "failed"
+    mean = human_bytes(round(spread.mean))
+    return mean if spread.deviation is None else f"{mean} ± {human_bytes(round(spread.deviation))}"
 
 
 def main_table(report: Comparison) -> tuple[list[str], list[list[str]]]:
@@ -113,29 +116,51 @@ def _search_row(trial: Trial) -> list[str]:
 def conditions(report: Comparison) -> str:
     """Say in a paragraph what was compared, and how."""
     options, documents = report.options, report.documents
-    seeds = counted(len(report.seeds), "seed")
-    return (
-        f"{report.model}: {report.steps} steps of {options['batch_size']} x {options['sequence_length']} tokens "
-        f"({report.tokens:,} tokens, {report.passes:g} passes through {documents['training']:,} documents), {seeds}, "
-        f"mean ± standard deviation. For each method {report.trials_each} setting"
-        f"{'s were' if report.trials_each > 1 else ' was'} considered, on {report.search_tokens:,} tokens each, and "
-        f"chosen by {documents['validation']:,} validation documents, which also choose the best weights of every run; "
-        f"domain perplexity is on {documents['domain']:,} other documents. Text is packed, at most "
-        f"{options['eval_tokens']:,} tokens of each. Seconds are of training, caching of hidden states included, "
-        "loading the model and evaluating not."
+    validation = counted(documents["validation"], "validation document")
+    choose = "choose" if documents["validation"] > 1 else "chooses"
+    searched = (
+        f"For each method {report.trials_each} settings were tried, on {report.search_tokens:,} tokens each, and "
+        f"chosen by {validation}, which also {choose} the best weights of every run."
+        if report.trials_each > 1
+        else "For each method the middle of its search space was taken, untried; "
+        f"{validation} {choose} the best weights of every run."
     )
+    return (
+        f"{report.model}: {counted(report.steps, 'step')} of {options['batch_size']} x {options['sequence_length']} "
+        f"tokens (as {report.tokens:,} tokens take; {report.passes:g} passes through "
+        f"{counted(documents['training'], 'document')}), {counted(len(report.seeds), 'seed')}, mean ± standard "
+        f"deviation. {searched} {_texts(report)}Seconds are of training, caching of hidden states included, loading "
+        "the model and evaluating not."
+    )
+
+
+def _texts(report: Comparison) -> str:
+    """Say what perplexities are over, and what of that was trained on."""
+    parts = [
+        f"{name} perplexity is over {counted(count, 'token')}"
+        + f" from {counted(report.documents[name], 'document')}"
+        + (f", {report.trained_on[name]:,} of which are trained on too" if name in report.trained_on else "")
+        for name, count in report.evaluated_tokens.items()
+    ]
+    sentence = "; ".join(parts)
+    return f"{sentence[:1].upper()}{sentence[1:]}, packed. " if parts else ""
 
 
 def markdown(report: Comparison) -> str:
     """Render a comparison as a Markdown page."""
     where = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    failures = [f"- {run.method}, seed {run.seed} failed: {run.error}\n" for run in report.runs if run.error]
+    remarks = [f"- {run.method}, seed {run.seed} failed: {run.error}\n" for run in report.runs if run.error]
+    remarks += [
+        f"- {run.method}, seed {run.seed}: no evaluation was better than before the first step, so it kept its start.\n"
+        for run in report.runs
+        if run.measured is not None and run.measured.kept_its_start
+    ]
     return "\n".join(
         [
             f"# Ways to adapt {report.model}\n",
             conditions(report) + "\n",
             markdown_table(*main_table(report)),
-            *failures,
+            *remarks,
             "## Time to each other's quality\n",
             "The row's method first came to the column's mean final perplexity on the validation text after so many "
             "seconds of training. With `standalone`, what counts is the organ put back, which is evaluated at the end "
@@ -143,9 +168,34 @@ def markdown(report: Comparison) -> str:
             markdown_table(*time_table(report)),
             "## The search\n",
             markdown_table(*search_table(report)),
-            f"{report.machine}; {where}.\n",
+            *(f"- {remark}\n" for remark in edges(report)),
+            f"{report.machine}{_when(report)}; {where}.\n",
         ]
     )
+
+
+def edges(report: Comparison) -> list[str]:
+    """Say which settings were chosen at the end of what was tried, so that a wider search might find better ones."""
+    remarks = []
+    for method in report.methods:
+        tried = [trial.settings for trial in report.trials if trial.method == method.method]
+        for name, chosen in method.settings.items():
+            values = [settings[name] for settings in tried if name in settings]
+            numbers = {value for value in values if isinstance(value, int | float) and not isinstance(value, bool)}
+            if len(numbers) > 1 and chosen in (min(numbers), max(numbers)):
+                end = "lowest" if chosen == min(numbers) else "highest"
+                remarks.append(
+                    f"{method.method}: {show_settings({name: chosen})} is the {end} that was tried; a wider search "
+                    "might find better."
+                )
+    return remarks
+
+
+def _when(report: Comparison) -> str:
+    times = sorted(run.measured.finished for run in report.runs if run.measured and run.measured.finished)
+    if not times:
+        return ""
+    return f"; the runs ended from {times[0]} to {times[-1]}"
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:

@@ -107,6 +107,10 @@ class Comparison(_Part):
     """Training options, the same for all methods."""
     documents: dict[str, int]
     """How many there are to train on, of validation, of domain (test) and of general text."""
+    trained_on: dict[str, int] = {}
+    """Text that is evaluated -> how many of its documents are in the training text too, where that is any."""
+    evaluated_tokens: dict[str, int] = {}
+    """Text that is evaluated -> how many tokens its perplexities are over."""
     fingerprints: dict[str, str]
     """SHA-256 of each of these texts."""
     untrained: dict[str, float]

@@ -77,7 +77,7 @@ class LayerCompiler:
                 raise NeurograftError(
                     f"the layers can't be compiled ({_first_line(error)}); leave --compile at auto, or give never."
                 ) from error
-            log.warning("note: the layers can't be compiled (%s); they train as they are", _first_line(error))
+            log.warning("the layers can't be compiled (%s); they train as they are", _first_line(error))
             self.chosen = False
             clear()
             return passes()

@@ -118,7 +118,7 @@ class Batches:
             )
         if options.max_tokens is not None and step_size * options.sequence_length > options.max_tokens:
             log.warning(
-                "note: a step takes %s tokens, more than --max-tokens %s",
+                "a step takes %s tokens, more than the %s that were asked for",
                 f"{step_size * options.sequence_length:,}", f"{options.max_tokens:,}",
             )  # fmt: skip
         held_out = pack_held_out(texts, tokenizer, options)

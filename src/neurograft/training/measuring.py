@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -12,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from neurograft import data
-from neurograft.arithmetic import fast_float32
+from neurograft.arithmetic import ARITHMETIC_FOLDER, fast_float32
 from neurograft.data import PackedTokens
-from neurograft.errors import NeurograftError
+from neurograft.errors import DiskError, NeurograftError
 from neurograft.files import atomic_file
 from neurograft.loss import NextTokenLoss
-from neurograft.models import ModelDirectory, load_config, load_model, load_tokenizer
+from neurograft.models import ModelDirectory, cache_directory, load_config, load_model, load_tokenizer
+from neurograft.organ import now
 from neurograft.training.baselines import METHODS, prepare
 from neurograft.training.loop import Batches, Texts, TrainingProgress, TrainingRun
 from neurograft.training.options import parse_options
@@ -96,6 +98,14 @@ class Measured(_Part):
     trainable_parameters: int = 0
     trainable_bytes: int = 0
     shipped_bytes: int = 0
+    finished: str | None = None
+    """When, in UTC."""
+
+    @property
+    def kept_its_start(self) -> bool:
+        """Whether no evaluation was better than the one before the first step, so that those weights were kept."""
+        points = self.curve if self.curve_counts else []
+        return len(points) > 1 and min(point.perplexity for point in points[1:]) >= points[0].perplexity
 
 
 class _TimedRun(TrainingRun):
@@ -297,6 +307,7 @@ def measure_once(job: Job, what: dict[str, Any], folder: Path, title: str, *, is
     measure = measure_apart if isolated else measure_here
     with own_cache(folder) as cache:
         measured = measure(job, cache, lambda line: log.info("%s: %s", title, line))
+    measured = measured.model_copy(update={"finished": now()})
     with atomic_file(kept, overwrite=True) as temporary:
         temporary.write_text(measured.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return measured
@@ -314,11 +325,24 @@ def _read_kept(path: Path) -> Measured | None:
         return None
 
 
-@contextmanager
+@contextlib.contextmanager
 def own_cache(folder: Path) -> Iterator[str]:
-    """Yield a new, empty cache, gone afterwards: no run profits from what another one has cached."""
+    """Yield a new cache, gone afterwards: no run profits from what another one has cached.
+
+    Only how fast the machine multiplies matrices is known in all of them, or runs could differ in how they do it.
+    """
     with tempfile.TemporaryDirectory(prefix=".cache-", dir=folder) as cache:
+        _copy_measured_arithmetic(cache_directory(), Path(cache))
         yield cache
+        _copy_measured_arithmetic(Path(cache), cache_directory())
+
+
+def _copy_measured_arithmetic(source: Path, target: Path) -> None:
+    for file in (source / ARITHMETIC_FOLDER).glob("*.json"):
+        with contextlib.suppress(OSError, NeurograftError):  # then it is measured anew
+            (target / ARITHMETIC_FOLDER).mkdir(parents=True, exist_ok=True)
+            with atomic_file(target / ARITHMETIC_FOLDER / file.name, overwrite=False) as temporary:
+                temporary.write_bytes(file.read_bytes())
 
 
 def measure_here(job: Job, cache: str, show: Show) -> Measured:
@@ -357,7 +381,7 @@ def measure_apart(job: Job, cache: str, show: Show) -> Measured:
             last = errors.read().strip().rpartition("\n")[2]
             raise NeurograftError(_explain_death(code, last))
     if "error" in answer:
-        raise NeurograftError(answer["error"])
+        raise (DiskError if answer.get("disk") else NeurograftError)(answer["error"])
     return Measured.model_validate(answer)
 
 
@@ -395,7 +419,11 @@ def main() -> None:
     try:
         answer = measure(job, lambda line: print(line, flush=True)).model_dump_json()
     except NeurograftError as error:
-        answer = json.dumps({"error": str(error)})
+        answer = json.dumps({"error": str(error), "disk": isinstance(error, DiskError)})
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        answer = json.dumps({"error": "the disk is full.", "disk": True})
     except KeyboardInterrupt:
         sys.exit(130)
     print(f"{_ANSWER}{answer}", flush=True)

@@ -187,7 +187,7 @@ def read_texts(paths: Any, eval_paths: Any, options: TrainingOptions, reading: d
     if eval_paths is not None:
         held_out = data.read_documents(eval_paths, **reading)
         if shared := len(set(held_out) & set(documents)):
-            log.warning("note: %d documents of the evaluation text are in the training text too", shared)
+            log.warning("%d documents of the evaluation text are in the training text too", shared)
         return Texts(documents, held_out)
     if options.dp_epsilon is not None:
         return Texts(documents, [])
@@ -227,7 +227,7 @@ def _train(
     model, below = load_host(directory, absent, options.host_precision, trust_remote_code=trust_remote_code)
     if options.protocol == "in_place" and _was_inserted(organ):
         log.warning(
-            "note: %s was trained to stand between layers, and in_place lets it replace some; see --protocol insert",
+            "%s was trained to stand between layers, and in_place lets it replace some; see --protocol insert",
             organ.name,
         )
     with skipping(below):
@@ -323,7 +323,7 @@ def _place(model: PreTrainedModel, organ: Organ, options: TrainingOptions) -> At
     """Put the organ where it is to be trained."""
     position, dtype = _position(organ, options), torch.float32
     if options.protocol == "insert" and _was_inserted(organ):
-        log.warning("note: %s was trained as an insert, and goes on from there", organ.name)
+        log.warning("%s was trained as an insert, and goes on from there", organ.name)
         attachment = attach(model, organ, at=position, mode="insert", dtype=dtype)
     elif options.protocol == "insert":
         log.info("finding the tensors that make the organ an identity")

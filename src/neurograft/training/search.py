@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,11 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from neurograft.errors import UsageError
 from neurograft.files import read_bounded
+from neurograft.wording import counted
 
 Value = bool | int | float | str
 Settings = dict[str, Value]
 
 _LARGEST = 1 << 20  # bytes
+_DRAWN, _DRAWN_FOR_EACH = 1024, 64  # points of a search space, for the distinct ones among them
 # Options of `train` that `compare` decides itself, or that have no meaning for it.
 DECIDED_BY_COMPARE = frozenset(
     {
@@ -27,6 +28,7 @@ DECIDED_BY_COMPARE = frozenset(
         "epochs",
         "steps",
         "lr",
+        "rank",
         "seed",
         "evaluations",
         "patience",
@@ -81,7 +83,7 @@ DECIDED_BY_PAPER = DECIDED_BY_STUDY | {"lr"}
 # Options of `train` that have no meaning for `recover`.
 NO_MEANING_FOR_RECOVERY = ("protocol", "at", "rank", "host_precision", "offload", "dp_epsilon", "dp_delta")
 # Options that are the same for every method, so that all see the same text in the same batches and are evaluated alike.
-SHARED_OPTIONS = (DECIDED_BY_COMPARE - {"lr"}) | {
+SHARED_OPTIONS = (DECIDED_BY_COMPARE - {"lr", "rank"}) | {
     "sequence_length",
     "batch_size",
     "accumulate",
@@ -126,24 +128,18 @@ def settings_to_try(space: Mapping[str, Choice], trials: int, method: str) -> li
     Raises:
         UsageError: The space has fewer combinations, so that this method would be searched less than the others.
     """
-    size = math.prod(len(choice) if isinstance(choice, list) else _points(choice) for choice in space.values())
-    if size < trials:
-        raise UsageError(
-            f"the search space of {method} has {size:g} combinations and {trials} trials were asked for; as many are "
-            "tried for each method, so widen it or ask for fewer trials."
-        )
     tried: list[Settings] = []
-    for point in _points_of_the_unit_cube(len(space)):
+    # A small space is exhausted long before so many points are drawn, and a large one has that many different ones.
+    for point in itertools.islice(_points_of_the_unit_cube(len(space)), _DRAWN + _DRAWN_FOR_EACH * trials):
         settings = {name: _pick(choice, share) for (name, choice), share in zip(space.items(), point, strict=True)}
         if settings not in tried:
             tried.append(settings)
         if len(tried) == trials:
-            break
-    return tried
-
-
-def _points(choice: Range) -> float:
-    return 1 if choice.low == choice.high else math.inf
+            return tried
+    raise UsageError(
+        f"the search space of {method} has {counted(len(tried), 'combination')} and {trials} trials were asked for; as "
+        "many are tried for each method, so widen it or ask for fewer trials."
+    )
 
 
 def _points_of_the_unit_cube(dimensions: int) -> Iterator[list[float]]:
@@ -170,8 +166,17 @@ def read_spaces(path: Path) -> dict[str, Space]:
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Refuses what stands under one name twice, of which YAML would take the last."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            names = [self.construct_object(key, deep=True) for key, _ in node.value]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"{twice[0]} stands there twice, under {node.start_mark.line + 1}")
+            return super().construct_mapping(node, deep)
+
     try:
-        raw = yaml.safe_load(read_bounded(path, _LARGEST).decode())
+        raw = yaml.load(read_bounded(path, _LARGEST).decode(), Loader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise UsageError(f"the search file {path} can't be read: {reason}.") from error
