@@ -134,6 +134,20 @@ def test_a_recipient_whose_layer_lacks_tensors_is_refused(organ: Organ, sharded:
     assert check(organ, sharded, at=1, mode="insert").blocked
 
 
+@pytest.mark.parametrize(
+    "number", ["²", "01", "٣", "9" * 5000, "-1"], ids=["power", "zero", "arabic", "long", "negative"]
+)
+def test_what_only_looks_like_the_number_of_a_layer_is_none(
+    number: str, organ: Organ, recipient: Path, tmp_path: Path
+) -> None:
+    odd, name = tmp_path / "odd", f"model.layers.{number}.weight"
+    shutil.copytree(recipient, odd)
+    tensors = load_file(odd / "model.safetensors")
+    save_file({**tensors, name: torch.ones(3)}, odd / "model.safetensors", {"format": "pt"})
+    transplant(organ, odd, at=0, mode="insert", output=tmp_path / "out", verify="bytes")
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[name], torch.ones(3))
+
+
 def test_tensors_that_are_not_as_the_configuration_says(sharded: Path, tmp_path: Path) -> None:
     _setting(intermediate_size=128)(sharded)
     with pytest.raises(ModelError, match=r"has the shape \[64, 32\], and the configuration calls for \[128, 32\]"):

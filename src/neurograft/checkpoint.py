@@ -13,7 +13,7 @@ from typing import Any
 
 from neurograft.errors import ModelError
 from neurograft.files import combine_digests, file_sha256, read_bounded
-from neurograft.layer_values import Row
+from neurograft.layer_values import LAYER_NUMBER, Row
 from neurograft.manifest import TokenizerFingerprint
 from neurograft.models import ModelDirectory, read_raw_config
 from neurograft.number_formats import digest_pieces
@@ -75,7 +75,7 @@ class Checkpoint:
             ModelError: No prefix, or more than one, has tensors for every layer.
         """
         leaf = re.escape(self.study.layers_path.rpartition(".")[2])
-        pattern = re.compile(rf"^((?:.*?\.)?{leaf}\.)(\d+)\.")
+        pattern = re.compile(rf"^((?:.*?\.)?{leaf}\.)({LAYER_NUMBER})\.")
         numbers: dict[str, set[int]] = {}
         for match in filter(None, map(pattern.match, self.all_names or self.pieces)):
             numbers.setdefault(match[1], set()).add(int(match[2]))
@@ -92,7 +92,7 @@ class Checkpoint:
         if not name.startswith(self.layer_prefix):
             return None
         number, _, inner = name.removeprefix(self.layer_prefix).partition(".")
-        return (int(number), inner) if number.isdigit() and inner else None
+        return (int(number), inner) if re.fullmatch(LAYER_NUMBER, number) and inner else None
 
     @cached_property
     def _layers(self) -> dict[int, dict[str, str]]:

@@ -29,6 +29,8 @@ _NEVER_PER_LAYER = re.compile(
     r"token_id|^id2label$|^label2id$|^architectures$|_section$|_limit$|_range$|^model_|^torch|^dtype$"
 )
 _MISSING = object()
+LAYER_NUMBER = r"0|[1-9][0-9]{0,8}"
+"""How a layer's number is written; `int` and `str.isdigit` each take more, and not the same."""
 
 
 def count_name(config: PreTrainedConfig) -> str:
@@ -66,7 +68,11 @@ def _per_layer(config: PreTrainedConfig, name: str, value: Any, layers: int) -> 
             step = getattr(config, "decoder_sparse_step", 1) if name == "mlp_only_layers" else 1
             return [layer in value or (layer + 1) % step != 0 for layer in range(layers)]
         return _list_entries(name, value, layers)
-    if isinstance(value, dict) and value and all(str(key).isdigit() and int(key) < layers for key in value):
+    if (
+        isinstance(value, dict)
+        and value
+        and all(re.fullmatch(LAYER_NUMBER, str(key)) and int(key) < layers for key in value)
+    ):
         keyed = {int(key): entry for key, entry in value.items()}
         return [keyed.get(layer) for layer in range(layers)]
     return []

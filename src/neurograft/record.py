@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from neurograft.files import (
     file_sha256,
     read_bounded,
 )
+from neurograft.layer_values import LAYER_NUMBER
 from neurograft.manifest import (
     RECORD_FILE,
     SCHEMA_VERSION,
@@ -155,7 +157,7 @@ def layer_digests(digests: Mapping[str, str | None], prefix: str, count: int) ->
     layers: list[dict[str, str | None]] = [{} for _ in range(count)]
     for name, digest in digests.items():
         number, _, inner = name.removeprefix(prefix).partition(".")
-        if name.startswith(prefix) and number.isdigit() and int(number) < count:
+        if name.startswith(prefix) and re.fullmatch(LAYER_NUMBER, number) and int(number) < count:
             layers[int(number)][inner] = digest
     return list(map(combine_known, layers))
 

@@ -14,7 +14,7 @@ from neurograft.organ import Organ, read_organ
 from neurograft.training.baselines import METHODS, OrganSettings, Prepared, find_methods, prepare
 from neurograft.training.loop import Batches, Texts, TrainingRun
 from neurograft.training.options import parse_options
-from neurograft.training.search import Range, Settings, Space, read_spaces, settings_to_try
+from neurograft.training.search import Choice, Range, Settings, Space, read_spaces, settings_to_try
 from tiny import logits, make_model, make_tokenizer
 
 TEXTS = Texts([f"report {n}: nothing seen in the left lung, grade {n % 4}" for n in range(20)], ["report 99: all well"])
@@ -186,7 +186,8 @@ def test_a_space_smaller_than_the_search_is_refused() -> None:
     with pytest.raises(UsageError, match="of full has 2 combinations and 3 trials"):
         settings_to_try({"lr": [1e-3, 1e-4]}, 3, "full")
     assert len(settings_to_try({"lr": [1e-3, 1e-4]}, 2, "full")) == 2
-    for choice in ([1e-3, 1e-3], [1, 1.0], Range(low=1e-3, high=1.0001e-3)):  # of which there is but one to try
+    one: list[Choice] = [[1e-3, 1e-3], [1, 1.0], Range(low=1e-3, high=1.0001e-3)]
+    for choice in one:
         with pytest.raises(UsageError, match="of full has 1 combination and 2 trials"):
             settings_to_try({"lr": choice}, 2, "full")
     every = settings_to_try({"lr": [1e-3, 1e-4, 1e-5], "layers": list(range(1, 14))}, 39, "full")
@@ -197,7 +198,7 @@ def test_a_space_smaller_than_the_search_is_refused() -> None:
     ("text", "reason"),
     [
         ("- lora", "no mapping of methods"),
-        ("lora: {lr: [0.1], rank: [8], lr: [0.2]}", "lr stands there twice, under 1"),
+        ("lora: {lr: [0.1], rank: [8], lr: [0.2]}", "lr stands there twice, in what begins in line 1"),
         ("lora: {lr: [0.1]}\ndora: {lr: [0.1]}\nlora: {lr: [0.2]}", "lora stands there twice"),
         ("lora: 3", "no mapping of methods"),
         ("lora: {lr: 0.1}", "lora: lr is 0.1"),

@@ -127,7 +127,7 @@ def conditions(report: Comparison) -> str:
     )
     return (
         f"{report.model}: {counted(report.steps, 'step')} of {options['batch_size']} x {options['sequence_length']} "
-        f"tokens (as {report.tokens:,} tokens take; {report.passes:g} passes through "
+        f"tokens (for {report.tokens:,} tokens; {report.passes:g} passes through "
         f"{counted(documents['training'], 'document')}), {counted(len(report.seeds), 'seed')}, mean ± standard "
         f"deviation. {searched} {_texts(report)}Seconds are of training, caching of hidden states included, loading "
         "the model and evaluating not."

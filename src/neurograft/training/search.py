@@ -172,7 +172,7 @@ def read_spaces(path: Path) -> dict[str, Space]:
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             names = [self.construct_object(key, deep=True) for key, _ in node.value]
             if twice := [name for name in names if names.count(name) > 1]:
-                raise ValueError(f"{twice[0]} stands there twice, under {node.start_mark.line + 1}")
+                raise ValueError(f"{twice[0]} stands there twice, in what begins in line {node.start_mark.line + 1}")
             return super().construct_mapping(node, deep)
 
     try:
