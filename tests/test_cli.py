@@ -337,6 +337,18 @@ def test_help_imports_nothing_heavy() -> None:
     assert heavy.strip() == "[]"
 
 
+def test_the_list_of_commands_is_the_same_without_their_options() -> None:
+    start = "import sys\nsys.argv[0] = 'neurograft'\nfrom neurograft.cli import app, main\n"
+    for words in (["--help"], ["-h"], ["--version"]):
+        quick, whole = (
+            subprocess.run(
+                [sys.executable, "-c", start + how, *words], capture_output=True, text=True, check=True
+            ).stdout
+            for how in ("main()", "app()")
+        )
+        assert quick == whole and ("transplant" in quick or words == ["--version"])
+
+
 def test_an_interruption_while_it_starts_ends_it_without_a_traceback() -> None:
     code = (
         "import os, signal, sys\n"

@@ -205,6 +205,8 @@ def _terminate(_signal: int, _frame: Any) -> None:
 def main() -> None:
     """Run the command line; a polite end (SIGTERM) cleans up as Ctrl-C does."""
     signal.signal(signal.SIGTERM, _terminate)
+    if set(sys.argv[1:]) <= {"-h", "--help", "--version"} and "_NEUROGRAFT_COMPLETE" not in os.environ:
+        _leave_out_options()
     _keep_only(next((argument for argument in sys.argv[1:] if not argument.startswith("-")), ""))
     ranks.silence_all_but_first()
     status = _run()
@@ -235,6 +237,21 @@ def _show_wrong_arguments(error: Any) -> None:
         sys.stdout.write(json.dumps({"error": {"kind": "UsageError", "message": message}}) + "\n")
     command = "neurograft" if context is None else context.command_path
     sys.stderr.write(f"error: {message[:1].lower()}{message[1:].rstrip('.')}; see {command} -h.\n")
+
+
+def _leave_out_options() -> None:
+    """Let commands be known by name and first sentence alone; reading all their options takes most of a second."""
+    for each in (app, *(group.typer_instance for group in app.registered_groups)):
+        for command in each.registered_commands:  # type: ignore[union-attr]
+            command.callback = _without_options(command.callback)
+
+
+def _without_options(callback: Any) -> Callable[[], None]:
+    def bare() -> None:
+        raise NotImplementedError
+
+    bare.__name__, bare.__doc__ = callback.__name__, callback.__doc__
+    return bare
 
 
 def _keep_only(verb: str) -> None:
