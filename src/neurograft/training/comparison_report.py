@@ -168,21 +168,24 @@ def markdown(report: Comparison) -> str:
             markdown_table(*time_table(report)),
             "## The search\n",
             markdown_table(*search_table(report)),
-            *(f"- {remark}\n" for remark in edges(report)),
+            "".join(f"- {remark}\n" for remark in edges(report)),
             f"{report.machine}{_when(report)}; {where}.\n",
         ]
     )
 
 
 def edges(report: Comparison) -> list[str]:
-    """Say which settings were chosen at the end of what was tried, so that a wider search might find better ones."""
+    """Say which settings were chosen at the end of three values or more, so that a wider search might find better ones.
+
+    Of two values each is at an end.
+    """
     remarks = []
     for method in report.methods:
         tried = [trial.settings for trial in report.trials if trial.method == method.method]
         for name, chosen in method.settings.items():
             values = [settings[name] for settings in tried if name in settings]
             numbers = {value for value in values if isinstance(value, int | float) and not isinstance(value, bool)}
-            if len(numbers) > 1 and chosen in (min(numbers), max(numbers)):
+            if len(numbers) > 2 and chosen in (min(numbers), max(numbers)):
                 end = "lowest" if chosen == min(numbers) else "highest"
                 remarks.append(
                     f"{method.method}: {show_settings({name: chosen})} is the {end} that was tried; a wider search "
