@@ -578,7 +578,7 @@ def disk_section(result: dict[str, Any]) -> str:
         + "\nWhat was aimed at, and what came out:\n\n"
         + table(["aim", *header[1:]], _disk_verdicts(middle, rows))
         + f"\n`cp` itself is {beside} times as fast as mergekit: what writes the same bytes can't be three times as "
-        "fast where that is less than three. On 2026-11-25, on a machine with a disk and cores three times as fast, "
+        "fast where that is less than three. On 2026-11-25, on a machine whose disk took a third of the time, "
         "and before commands started sooner, copying took 1.35, 1.27 and 1.01 of `cp`, insertion at the end with hard "
         "links 0.47, 0.21 and 0.09, and mergekit 5.5, 5.0 and 2.6 times as long as copying: the less the disk takes, "
         "the more it counts that Python has to start.\n"

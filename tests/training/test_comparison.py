@@ -366,7 +366,7 @@ def test_refusals(donor: Path, text: Path, tmp_path: Path, monkeypatch: pytest.M
         ),
         ({"search": tmp_path / "prefix.json"}, UsageError, "prefix.json: there is no method prefix"),
         ({"search": tmp_path / "layers.json"}, UsageError, "organ of 7 layers, and the model has 6"),
-        ({"search": tmp_path / "few.json", "trials": 2}, UsageError, "organ has 1 combination and 2 trials"),
+        ({"search": tmp_path / "few.json", "trials": 2}, UsageError, "organ has fewer than 2 combinations"),
         ({"seeds": 0}, UsageError, "at least one of each"),
         ({"lr": 1e-3}, UsageError, "compare decides lr itself"),
         ({"rank": 4}, UsageError, "compare decides rank itself"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -128,18 +129,25 @@ def settings_to_try(space: Mapping[str, Choice], trials: int, method: str) -> li
     Raises:
         UsageError: The space has fewer combinations, so that this method would be searched less than the others.
     """
-    tried: list[Settings] = []
-    # A small space is exhausted long before so many points are drawn, and a large one has that many different ones.
-    for point in itertools.islice(_points_of_the_unit_cube(len(space)), _DRAWN + _DRAWN_FOR_EACH * trials):
-        settings = {name: _pick(choice, share) for (name, choice), share in zip(space.items(), point, strict=True)}
-        if settings not in tried:
-            tried.append(settings)
-        if len(tried) == trials:
-            return tried
+    tried: dict[tuple[Value, ...], Settings] = {}
+    if math.prod(map(_most_values, space.values())) >= trials:
+        # A small space is exhausted long before so many points are drawn.
+        for point in itertools.islice(_points_of_the_unit_cube(len(space)), _DRAWN + _DRAWN_FOR_EACH * trials):
+            settings = {name: _pick(choice, share) for (name, choice), share in zip(space.items(), point, strict=True)}
+            tried.setdefault(tuple(settings.values()), settings)
+            if len(tried) == trials:
+                return list(tried.values())
     raise UsageError(
-        f"the search space of {method} has {counted(len(tried), 'combination')} and {trials} trials were asked for; as "
-        "many are tried for each method, so widen it or ask for fewer trials."
+        f"the search space of {method} has fewer than {counted(trials, 'combination')}, and as many are tried for each "
+        "method; widen it or ask for fewer trials."
     )
+
+
+def _most_values(choice: Choice) -> int:
+    """Return how many different values there are at most: of a range, those of three digits."""
+    if isinstance(choice, list):
+        return len(set(choice))
+    return 1 + math.ceil(900 * (math.log10(choice.high) - math.log10(choice.low)))
 
 
 def _points_of_the_unit_cube(dimensions: int) -> Iterator[list[float]]:
