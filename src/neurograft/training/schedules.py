@@ -10,7 +10,8 @@ Schedule = Literal["cosine", "linear", "wsd"]
 
 _LAST_SHARE = 0.1
 _STABLE = 0.7  # share of the steps after warm-up over which `wsd` holds the learning rate
-# Measured on seams, the settings of benchmarks/recovery.py: 0.003 hardly moves vectors, 0.03 costs general text.
+# Measured on seams in the middle, one seed, else as in benchmarks/recovery.py: 0.003 brings 40 % of what this does, and
+# 0.03 little more, but costs general text.
 _LR_OF_VECTORS = 1e-2
 # Measured (benchmarks/engine.py): what is best falls with the number of layers that train, and hardly with their place.
 _LR_OF_A_LAYER, _LARGEST_LR, _WIDTH, _LOW_RANK = 9e-3, 3e-3, 576, 10.0
