@@ -1,13 +1,17 @@
-"""Freed memory stays with the process only while it is asked to."""
+"""Freed memory stays with the process only while it is asked to, and what the C library needs for that is said once."""
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from neurograft.allocator import keeping_freed_memory
+from neurograft import allocator
+from neurograft.allocator import keeping_freed_memory, merging_environment
 from neurograft.training.measuring import _resident_peak
 
 
@@ -30,3 +34,75 @@ def test_memory_goes_back_afterwards() -> None:
 def test_it_ends_also_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError), keeping_freed_memory():
         raise ZeroDivisionError
+
+
+TUNABLES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
+
+
+@pytest.mark.parametrize(
+    ("version", "given", "expected"),
+    [
+        ("glibc 2.36", None, TUNABLES),
+        ("glibc 2.36", "glibc.malloc.check=1", f"glibc.malloc.check=1:{TUNABLES}"),
+        ("glibc 2.36", "glibc.malloc.tcache_count=3", None),
+        ("glibc 2.39", None, None),
+        ("glibc 2.100", None, None),
+        ("", None, None),
+        ("musl", None, None),
+    ],
+)
+def test_only_where_it_is_needed_and_not_said(
+    version: str, given: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "confstr", lambda _: version, raising=False)
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if given is not None:
+        monkeypatch.setenv("GLIBC_TUNABLES", given)
+    assert merging_environment() == ({} if expected is None else {"GLIBC_TUNABLES": expected})
+
+
+def test_elsewhere_there_is_no_such_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(_: str) -> str:
+        raise ValueError("unrecognized configuration name")
+
+    monkeypatch.setattr(os, "confstr", unknown, raising=False)
+    assert merging_environment() == {}
+
+
+def test_a_program_starts_anew_once_with_the_same_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    script = tmp_path / "program.py"
+    script.write_text(
+        "import os, sys\nfrom neurograft.allocator import start_again_merging\n"
+        "print(os.getpid(), sys.argv[1:], os.environ.get('GLIBC_TUNABLES'), flush=True)\nstart_again_merging()\n"
+    )
+    command = [sys.executable, "-X", "utf8", str(script), "a b", "--c"]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert len(lines) == (2 if merging_environment() else 1)
+    if len(lines) == 2:
+        assert lines[1] == lines[0].replace("None", TUNABLES)
+
+
+@pytest.mark.skipif(not merging_environment(), reason="this C library merges what is freed by itself")
+def test_the_command_that_trains_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen from what the process that refuses the arguments was started with."""
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    seen = tmp_path / "seen.txt"
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import os\nopen({str(seen)!r}, 'a').write(os.environ.get('GLIBC_TUNABLES', 'none') + '\\n')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    for arguments, expected in ((["inspect", "nowhere"], ["none"]), (["train", "nowhere"], ["none", TUNABLES])):
+        seen.write_text("")
+        command = [sys.executable, "-m", "neurograft", *arguments]
+        assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 2
+        assert seen.read_text().splitlines() == expected
+
+
+def test_a_program_that_cannot_start_anew_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no such file")
+
+    monkeypatch.setattr(os, "execve", fail)
+    monkeypatch.setattr(allocator, "merging_environment", lambda: {"GLIBC_TUNABLES": TUNABLES})
+    allocator.start_again_merging()

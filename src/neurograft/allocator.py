@@ -1,9 +1,10 @@
-"""Keeping freed memory in the process while it computes the same things over and over."""
+"""Keeping freed memory in the process while it computes the same things over and over, and keeping it in one piece."""
 
 from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,10 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 _KEPT, _PAD = 1 << 30, 1 << 26
 # What the library itself goes up to where nobody sets anything; once set, it does not go there by itself any more.
 _USUAL_TRIM, _USUAL_PAD, _USUAL_MMAP = 1 << 26, 1 << 17, 1 << 25
+
+# Tunables of the GNU C library: small blocks that are freed are merged with what is free beside them, not set aside.
+_MERGING = {"glibc.malloc.tcache_count": "0", "glibc.malloc.mxfast": "0"}
+_MERGES_BY_ITSELF = (2, 39)
 
 
 @contextmanager
@@ -42,6 +47,49 @@ def keeping_freed_memory() -> Iterator[None]:
         ):
             library.mallopt(parameter, value)
         library.malloc_trim(0)
+
+
+def give_back_freed_memory() -> None:
+    """Give freed memory back to the system, where the GNU C library manages it."""
+    library = _gnu_library()
+    if library is not None:
+        library.malloc_trim(0)
+
+
+def merging_environment() -> dict[str, str]:
+    """Return what a process that trains needs in its environment, so that the memory it frees stays in one piece.
+
+    torch aligns its tensors, which leaves small remainders around each. Before 2.39 the GNU C library sets those aside,
+    where they keep what is freed around them from being merged, so that no tensor of the same size fits there again
+    (its bug 30723), and memory grows far beyond what the tensors take (benchmarks/training_cost.py). This has to be
+    said before the process starts.
+
+    Returns:
+        Empty where there is nothing to say: with another C library, or where the environment already sets these.
+    """
+    given = os.environ.get("GLIBC_TUNABLES", "")
+    if _gnu_version() >= _MERGES_BY_ITSELF or any(name in given for name in _MERGING):
+        return {}
+    return {"GLIBC_TUNABLES": ":".join(filter(None, [given, *(f"{name}={value}" for name, value in _MERGING.items())]))}
+
+
+def start_again_merging() -> None:
+    """Start this program anew, with the same arguments, where its environment lacks what `merging_environment` says."""
+    addition = merging_environment()
+    if not addition or not sys.executable:
+        return
+    try:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **addition})
+    except OSError as error:
+        log.debug("this program can't be started anew: %s", error)
+
+
+def _gnu_version() -> tuple[int, ...]:
+    """Return the version of this process's GNU C library; one that is later than all where it is another library."""
+    try:
+        return tuple(int(part) for part in (os.confstr("CS_GNU_LIBC_VERSION") or "").split()[1].split(".")[:2])
+    except (AttributeError, IndexError, OSError, ValueError):
+        return (sys.maxsize,)
 
 
 def _gnu_library() -> Any:

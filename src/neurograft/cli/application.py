@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.segment import Segments
 
 from neurograft import __version__, ranks
+from neurograft.allocator import start_again_merging
 from neurograft.errors import NeurograftError
 from neurograft.wording import harmless, harmless_json
 
@@ -30,6 +31,7 @@ EXIT_NO = 1  # the verdict is no: an organ that does not fit, a gate that does n
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 PIPED_WIDTH = 140
+_TRAINING = ("train", "recover", "plan", "demo")  # commands that train in this process
 _SECONDS_BETWEEN_LINES = 30.0
 _WrongArguments: Any = typer.BadParameter.__mro__[2]  # the parent of all that is wrong with arguments
 
@@ -207,7 +209,10 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     if set(sys.argv[1:]) <= {"-h", "--help", "--version"} and "_NEUROGRAFT_COMPLETE" not in os.environ:
         _leave_out_options()
-    _keep_only(next((argument for argument in sys.argv[1:] if not argument.startswith("-")), ""))
+    verb = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
+    if verb in _TRAINING and not {"-h", "--help"} & set(sys.argv):
+        start_again_merging()
+    _keep_only(verb)
     ranks.silence_all_but_first()
     status = _run()
     ranks.leave(status)

@@ -21,6 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from neurograft import data
+from neurograft.allocator import give_back_freed_memory, merging_environment
 from neurograft.arithmetic import ARITHMETIC_FOLDER, fast_float32
 from neurograft.data import PackedTokens
 from neurograft.errors import DiskError, NeurograftError
@@ -258,6 +259,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
             return
+        give_back_freed_memory()  # what loading has left would hide as much of what comes
         _reset_resident_peak()
         self.before = self.peak()
 
@@ -364,7 +366,7 @@ def measure_apart(job: Job, cache: str, show: Show) -> Measured:
     Raises:
         NeurograftError: The job failed, or its process died.
     """
-    environment = {**os.environ, "NEUROGRAFT_CACHE": cache}
+    environment = {**os.environ, **merging_environment(), "NEUROGRAFT_CACHE": cache}
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         process = subprocess.Popen(
             _command(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
