@@ -121,6 +121,12 @@ def test_the_organ_is_one_whole_file(kind: str, together: Any, alone: Any, folde
     assert not list(own.glob(".*")) and not list(own.glob(f"{kind}.safetensors.resume"))
 
 
+def test_layers_that_compute_again_for_the_backward_pass(together: Any) -> None:
+    _, _, (first, second) = together
+    assert first["recomputed"]["losses"] == first["llama"]["losses"]
+    assert first["recomputed"]["digest"] == second["recomputed"]["digest"] == first["llama"]["digest"]
+
+
 def test_another_protocol(together: Any, alone: Any) -> None:
     _, _, (first, _) = together
     expected = alone("llama", protocol="insert", cache_prefix="never")

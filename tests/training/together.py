@@ -42,6 +42,7 @@ def main(folder: Path) -> None:
     found: dict[str, Any] = {"count": processes.count}
     for kind in KINDS:
         found[kind] = _train(folder, kind, f"{kind}.safetensors")
+    found["recomputed"] = _train(folder, "llama", "recomputed.safetensors", gradient_checkpointing=True)
     found["insert"] = _train(folder, "llama", "insert.safetensors", protocol="insert", cache_prefix="never")
     found["half"] = _train(folder, "half", "half.safetensors", host_precision="stored")
     found["dropout"] = _train(folder, "dropout", "dropout.safetensors")

@@ -33,6 +33,7 @@ from neurograft.training.optimizers import Average, Optimizers, pull_back
 from neurograft.training.options import TrainingOptions
 from neurograft.training.prefix import Prefix, PrefixCache, cache_for
 from neurograft.training.processes import Processes
+from neurograft.training.recomputing import recomputing
 from neurograft.training.run_state import RunState, load_state, save_state
 from neurograft.training.schedules import automatic_lr, learning_rate_share
 from neurograft.training.tracking import Tracking, check_tracker
@@ -240,6 +241,8 @@ class TrainingRun:
         if below is not None:
             fill_caches(self._prefix, below, list(self._passages()))
         self.caller, self.parameters = self.processes.prepare(model, trainee.parameters)
+        layers = list(model.get_submodule(describe(model).layers_path).children())
+        self._layers = layers[trainee.first_layer :]  # those that a gradient goes through
         self._compiler = self._make_compiler()
         self.lr = self._choose_lr()
         self.optimizers = Optimizers(
@@ -282,9 +285,8 @@ class TrainingRun:
         several = self.processes.count > 1
         if several and self.options.compile == "always":
             raise UsageError("--compile always is for one process; leave it at auto, which compiles in one alone.")
-        layers = list(self.model.get_submodule(describe(self.model).layers_path).children())
         return LayerCompiler(
-            layers[self.trainee.first_layer :],
+            self._layers,
             self.options.compile,
             steps=self.batches.steps,
             eligible=not several and self.model.device.type == "cpu" and self.options.dp_epsilon is None,
@@ -407,7 +409,8 @@ class TrainingRun:
         Returns:
             This process's share of the step's mean loss in nats per token.
         """
-        with self.processes.passing(self.caller, last=last), self.loss.through(self.caller):
+        checkpointing = recomputing(self._layers if self.options.gradient_checkpointing else ())
+        with self.processes.passing(self.caller, last=last), self.loss.through(self.caller), checkpointing:
             share = self.processes.share(rows)
             losses = self._losses(self.batches.training, "training", share, self.arithmetic, self._vocabulary)
             loss = losses.sum() / max(tokens, 1)

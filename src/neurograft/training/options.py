@@ -74,6 +74,9 @@ class TrainingOptions(BaseModel):
     """Whether `torch.compile` compiles the layers that train and those above them, which takes half a minute and a C++
     compiler, and saves about an eighth of every step where many layers train. `auto`: on CPUs, in one process, where
     the first steps say that the others will take ten minutes or more."""
+    gradient_checkpointing: bool = False
+    """Keep of every layer only what enters it, and let the backward pass compute the rest anew: the same results in a
+    fraction of the memory, for up to two fifths more time."""
     host_precision: HostPrecision = "float32"
     """How the frozen host is held: as `float32`; as it is `stored`, such as bfloat16 in half of the memory; or as
     `nf4`, four bits for each weight of its layers' matrices (bitsandbytes, on GPUs). The organ is float32 anyway."""
@@ -140,6 +143,10 @@ class TrainingOptions(BaseModel):
             return self
         if self.vocabulary == "sampled":
             raise ValueError("a sampled vocabulary is that of the private text, which it would show; leave it full")
+        if self.gradient_checkpointing:
+            raise ValueError(
+                "a layer that computes twice shows a document's gradient twice; leave gradient checkpointing out"
+            )
         if self.compile == "always":
             raise ValueError("compiled layers show no gradients of single documents; leave --compile out")
         for name, why in (
