@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from neurograft import allocator
-from neurograft.allocator import keeping_freed_memory, merging_environment
+from neurograft.allocator import give_back_mapped, keeping_freed_memory, merging_environment
 from neurograft.training.measuring import _resident_peak
 
 
@@ -34,6 +34,23 @@ def test_memory_goes_back_afterwards() -> None:
 def test_it_ends_also_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError), keeping_freed_memory():
         raise ZeroDivisionError
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the resident size from /proc")
+def test_pages_of_a_mapped_file_go_back_and_can_be_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "weights.bin"
+    path.write_bytes(bytes(range(256)) * (1 << 18))  # 64 MiB
+    mapped = torch.from_file(str(path), size=1 << 26, dtype=torch.uint8)
+    given_up, kept, own = mapped[1000 : 1 << 25], mapped[1 << 25 :], torch.ones(1 << 20)
+    total, before = int(mapped.sum(dtype=torch.int64)), resident()
+    give_back_mapped([given_up, own])
+    assert 24 << 20 < before - resident() < 40 << 20
+    assert int(mapped.sum(dtype=torch.int64)) == total
+    assert int(own.sum()) == 1 << 20 and int(kept[0]) == 0
+
+
+def test_nothing_is_given_back_of_other_tensors() -> None:
+    give_back_mapped([torch.ones(3, device="meta"), torch.ones(1 << 16).view(256, 256).T, torch.ones(0)])
 
 
 TUNABLES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import mmap
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger("neurograft")
 
@@ -54,6 +59,39 @@ def give_back_freed_memory() -> None:
     library = _gnu_library()
     if library is not None:
         library.malloc_trim(0)
+
+
+def give_back_mapped(tensors: Iterable[torch.Tensor]) -> None:
+    """Let the system drop the pages of tensors that lie in mapped files and are not needed any more.
+
+    Freeing them does not: a model's file stays mapped, with all that was read of it, as long as any tensor lies there.
+    Should something else still look at them, it finds what is in the file.
+
+    Args:
+        tensors: Changes that were made to them in memory may be lost.
+    """
+    library, mapped = _gnu_library(), _mapped_files()
+    for tensor in tensors if library is not None else ():
+        begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+            continue
+        if not any(first <= begin and end <= last for first, last in mapped):
+            continue
+        # Pages at its ends are its neighbours' too.
+        begin, end = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+        if begin < end:
+            library.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+
+
+def _mapped_files() -> list[tuple[int, int]]:
+    """Return the addresses at which files are mapped into this process, each as the first and one after the last."""
+    try:
+        lines = [line.split() for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        return []
+    # Address range, access, offset, device, inode (0 where it is no file), path.
+    ranges = [fields[0].split("-") for fields in lines if len(fields) > 5 and fields[4] != "0"]
+    return [(int(first, 16), int(last, 16)) for first, last in ranges]
 
 
 def merging_environment() -> dict[str, str]:

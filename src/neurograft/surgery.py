@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neurograft import probe
+from neurograft.allocator import give_back_mapped
 from neurograft.anatomy import build_skeleton, describe, differences, layer_facts, outside_facts
 from neurograft.compat import check_loaded, refuse_unfit_config
 from neurograft.errors import IncompatibleError, ModelError, UsageError, VerificationError
@@ -172,6 +173,7 @@ def give_up_originals(model: PreTrainedModel, attachment: Attachment) -> None:
     stack.pop()
     attachment.organ = attachment.organ.without_values()
     for layer in attachment.removed:
+        give_back_mapped(layer.parameters())
         layer.to("meta")
     attachment.removed.clear()
     attachment._original.clear()
