@@ -216,7 +216,9 @@ so their domain perplexities are no figures of what 500k tokens of a domain brin
 from all over, with three seeds, and awaits a machine that is quick enough. In the anchored cases what trains, in organ
 and LoRA alike, is pulled back a little to where it began (`--anchor`): nearly all of what is lost on general text
 otherwise is kept, for 1 % or 2 % of domain perplexity. Seconds compare within a case, not between cases: they were
-measured on different days and, from 2026-11-28, on another machine.
+measured on different days and, from 2026-11-28, on another machine. Memory was measured before freed memory was kept in
+one piece, and without gradient checkpointing; what both save, of organs and LoRA, is
+[below](#what-a-training-step-keeps-in-memory).
 """
 
 
@@ -447,8 +449,37 @@ def training_cost_section(result: dict[str, Any]) -> str:
         f"of {counted(settings['rounds'], 'round')} in turns. Needed are only the products that the method asks for: "
         "with weights, and of attention the half that causality leaves, which is 1 % to 2 % of "
         "the whole. The rate is that of plain products of the same size in the same arithmetic, measured after each "
-        "step. The aim was a share of 70 %.\n\n" + table([*header, "memory beyond model, MB", "in all, MB"], rows)
+        "step. The aim was a share of 70 %. Memory is as the C library keeps it by itself; "
+        "[below](#what-a-training-step-keeps-in-memory) is what can be saved of it.\n\n"
+        + table([*header, "memory beyond model, MB", "in all, MB"], rows)
     )
+
+
+def step_memory_section(result: dict[str, Any]) -> str:
+    """Render what memory training steps take, as the C library keeps it and merging what is freed."""
+    settings, lora = result["settings"], result["rows"][0]["merging"]
+    rows = [
+        [
+            row["way"],
+            *(f"{row[kind]['seconds']:.1f}" for kind in ("as it comes", "merging")),
+            *(f"{row[kind]['megabytes']:,}" for kind in ("as it comes", "merging")),
+            f"{row['merging']['seconds'] / lora['seconds']:.2f}",
+            f"{row['merging']['megabytes'] / lora['megabytes']:.2f}",
+        ]
+        for row in result["rows"]
+    ]
+    return (
+        f"## What a training step keeps in memory\n\n{settings['batch_size']} x {settings['sequence_length']} tokens; "
+        "the second pair of steps, one run each; memory is the peak beyond the model since it was loaded. In the later "
+        "column of each pair, as in commands that train, the C library merges small blocks that are freed "
+        "(`GLIBC_TUNABLES`). The ratios are those of the later columns to LoRA's as peft runs it, the first row; an "
+        "organ and LoRA come to the same weights with gradient checkpointing and without.\n\n"
+        + table(
+            ["step of", "seconds, as it comes", "merging", "MB beyond model, as it comes", "merging",
+             "seconds over LoRA's", "memory over LoRA's"],
+            rows,
+        )
+    )  # fmt: skip
 
 
 def scan_section(result: dict[str, Any]) -> str:
@@ -762,6 +793,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "phases": phases_section,
     "attention": attention_section,
     "training_cost": training_cost_section,
+    "step_memory": step_memory_section,
     "protocols": protocols_section,
     "recovery": recovery_section,
     "paper": paper_section,

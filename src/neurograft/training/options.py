@@ -76,7 +76,7 @@ class TrainingOptions(BaseModel):
     the first steps say that the others will take ten minutes or more."""
     gradient_checkpointing: bool = False
     """Keep of every layer only what enters it, and let the backward pass compute the rest anew: the same results in a
-    fraction of the memory, for up to two fifths more time."""
+    fraction of the memory, for up to half more time."""
     host_precision: HostPrecision = "float32"
     """How the frozen host is held: as `float32`; as it is `stored`, such as bfloat16 in half of the memory; or as
     `nf4`, four bits for each weight of its layers' matrices (bitsandbytes, on GPUs). The organ is float32 anyway."""
