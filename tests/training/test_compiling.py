@@ -127,13 +127,13 @@ def test_without_a_compiler(
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "nothing"))
     plain = train(organ, host=host, data=text, **{**OPTIONS, "compile": "never"})
     monkeypatch.setattr(compiling, "_WORTH_SECONDS", 0.0)
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    with caplog.at_level(logging.WARNING, "neurograft"):
-        found = train(organ, host=host, data=text, **OPTIONS)
-    assert "the layers can't be compiled (InvalidCxxCompiler" in caplog.text
-    assert tensors_digest(found.tensors) == tensors_digest(plain.tensors)
-    with pytest.raises(NeurograftError, match=r"can't be compiled \(InvalidCxxCompiler.*leave --compile at auto"):
-        train(organ, host=host, data=text, **{**OPTIONS, "compile": "always"})
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        with caplog.at_level(logging.WARNING, "neurograft"):
+            found = train(organ, host=host, data=text, **OPTIONS)
+        assert "the layers can't be compiled (InvalidCxxCompiler" in caplog.text
+        assert tensors_digest(found.tensors) == tensors_digest(plain.tensors)
+        with pytest.raises(NeurograftError, match=r"can't be compiled \(InvalidCxxCompiler.*leave --compile at auto"):
+            train(organ, host=host, data=text, **{**OPTIONS, "compile": "always"})
 
 
 def test_private_training_does_not_compile() -> None:
