@@ -49,6 +49,16 @@ def test_pages_of_a_mapped_file_go_back_and_can_be_read_again(tmp_path: Path) ->
     assert int(own.sum()) == 1 << 20 and int(kept[0]) == 0
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the resident size from /proc")
+def test_what_was_changed_in_memory_stays(tmp_path: Path) -> None:
+    path = tmp_path / "weights.bin"
+    path.write_bytes(bytes(1 << 24))
+    mapped = torch.from_file(str(path), size=1 << 24, dtype=torch.uint8)
+    mapped[1 << 23] = 3
+    give_back_mapped([mapped])
+    assert int(mapped.sum()) == 3
+
+
 def test_nothing_is_given_back_of_other_tensors() -> None:
     give_back_mapped([torch.ones(3, device="meta"), torch.ones(1 << 16).view(256, 256).T, torch.ones(0)])
 

@@ -7,9 +7,10 @@ import logging
 import mmap
 import os
 import sys
+from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from io import RawIOBase
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,6 +23,10 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 _KEPT, _PAD = 1 << 30, 1 << 26
 # What the library itself goes up to where nobody sets anything; once set, it does not go there by itself any more.
 _USUAL_TRIM, _USUAL_PAD, _USUAL_MMAP = 1 << 26, 1 << 17, 1 << 25
+
+# Of the entries of /proc/self/pagemap, one for each page (Linux's admin-guide/mm/pagemap): the size, the bits of pages
+# that are in memory or swapped out, and the bit of those that a file holds too.
+_PAGE_ENTRY, _HELD, _AS_IN_FILE = 8, 0b11 << 62, 1 << 61
 
 # Tunables of the GNU C library: small blocks that are freed are merged with what is free beside them, not set aside.
 _MERGING = {"glibc.malloc.tcache_count": "0", "glibc.malloc.mxfast": "0"}
@@ -62,36 +67,37 @@ def give_back_freed_memory() -> None:
 
 
 def give_back_mapped(tensors: Iterable[torch.Tensor]) -> None:
-    """Let the system drop the pages of tensors that lie in mapped files and are not needed any more.
+    """Let the system drop the pages of tensors that lie in mapped files and are not needed for now.
 
-    Freeing them does not: a model's file stays mapped, with all that was read of it, as long as any tensor lies there.
-    Should something else still look at them, it finds what is in the file.
+    Freeing them does not: a file stays mapped, with all that was read of it, as long as any tensor lies there. Should
+    something look at them again, it finds what is in the file.
 
     Args:
-        tensors: Changes that were made to them in memory may be lost.
+        tensors: What was changed of them in memory, and what lies elsewhere, stays.
     """
-    library, mapped = _gnu_library(), _mapped_files()
-    for tensor in tensors if library is not None else ():
-        begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-        if tensor.device.type != "cpu" or not tensor.is_contiguous():
-            continue
-        if not any(first <= begin and end <= last for first, last in mapped):
-            continue
-        # Pages at its ends are its neighbours' too.
-        begin, end = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
-        if begin < end:
-            library.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
-
-
-def _mapped_files() -> list[tuple[int, int]]:
-    """Return the addresses at which files are mapped into this process, each as the first and one after the last."""
+    library = _gnu_library()
+    if library is None:
+        return
     try:
-        lines = [line.split() for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()]
-    except OSError:
-        return []
-    # Address range, access, offset, device, inode (0 where it is no file), path.
-    ranges = [fields[0].split("-") for fields in lines if len(fields) > 5 and fields[4] != "0"]
-    return [(int(first, 16), int(last, 16)) for first, last in ranges]
+        with open("/proc/self/pagemap", "rb", buffering=0) as pages:
+            for tensor in tensors:
+                if tensor.device.type == "cpu" and tensor.is_contiguous():
+                    _give_back(library, pages, tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
+    except OSError as error:
+        log.debug("what is mapped can't be seen: %s", error)
+
+
+def _give_back(library: Any, pages: RawIOBase, begin: int, end: int) -> None:
+    """Drop the pages between two addresses if all that are in memory are as they are in a file."""
+    # Pages at the ends are the neighbours' too.
+    first, last = -(-begin // mmap.PAGESIZE), end // mmap.PAGESIZE
+    if first >= last:
+        return
+    pages.seek(first * _PAGE_ENTRY)
+    entries = array("Q", pages.read((last - first) * _PAGE_ENTRY) or b"")
+    if len(entries) == last - first and all(entry & _AS_IN_FILE or not entry & _HELD for entry in entries):
+        start, size = first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE
+        library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
 
 
 def merging_environment() -> dict[str, str]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from neurograft.allocator import give_back_mapped
 from neurograft.anatomy import build_skeleton, describe
 from neurograft.errors import ModelError, OrganFileError
 from neurograft.layer_values import Row, with_rows
@@ -18,6 +19,7 @@ from neurograft.sharding import whole
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
 Tensors = dict[str, "torch.Tensor"]
@@ -96,8 +98,7 @@ def load_layers(
             "held apart from its model in memory; transplant on disk instead."
         )
     prefix = _disk_prefix(skeleton, path)
-    # Copies: transformers would hand over the very tensors where it need not convert them, and layers get trained.
-    state = {_disk_key(key, prefix): tensor.clone() for key, tensor in tensors.items()}
+    state = {_disk_key(key, prefix): tensor for key, tensor in tensors.items()}
     with quiet_transformers():
         loaded: Any = type(skeleton).from_pretrained(
             None,
@@ -117,7 +118,19 @@ def load_layers(
     ]
     if wrong:
         raise OrganFileError(f"transformers could not load {len(wrong)} tensors of {name}, such as {wrong[0]}.")
+    _copy_shared(model, tensors)
     return model
+
+
+def _copy_shared(model: nn.Module, given: Mapping[str, torch.Tensor]) -> None:
+    """Give a model tensors of its own where it holds the given ones: transformers copies only what it converts."""
+    storages = {tensor.untyped_storage().data_ptr() for tensor in given.values()}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.untyped_storage().data_ptr() in storages:
+            source = tensor.data
+            tensor.data = source.clone()
+            give_back_mapped([source])  # one by one, or all would be in memory twice
+    give_back_mapped(given.values())
 
 
 def verify_names(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], name: str) -> None:
