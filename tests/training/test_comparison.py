@@ -20,7 +20,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from conftest import Factory
-from neurograft import compare
+from neurograft import compare, extract
 from neurograft.cli import app
 from neurograft.errors import DataError, DiskError, NeurograftError, UsageError
 from neurograft.loss import NextTokenLoss
@@ -417,6 +417,109 @@ def test_a_process_that_dies_is_explained(
             measuring.measure_apart(job, str(tmp_path), lambda _: None)
 
 
+def _job(donor: Path, text: Path, method: str, folder: Path) -> Job:
+    documents = [json.loads(line)["text"] for line in text.read_text().splitlines()]
+    organ = folder / "organ.safetensors"
+    if method == "organ" and not organ.is_file():
+        extract(donor, layers=(1, 3), name="tiny", output=organ)
+    options = {"steps": 6, "evaluations": 3, "sequence_length": 16, "batch_size": 4, "lr": 0.003}
+    return Job(
+        model=str(donor), method=method, settings={"layers": "1:3"} if method == "organ" else {},
+        organ=str(organ) if method == "organ" else None, options=options, watched_tokens=32,
+        training=documents[:32], validation=documents[32:],
+    )  # fmt: skip
+
+
+def _came_to(measured: Measured) -> dict[str, Any]:
+    """What does not depend on how fast the machine is."""
+    found = measured.model_dump(exclude={"seconds", "seconds_with_evaluations", "finished", "curve"})
+    curve = [(point.step, point.perplexity, point.training) for point in measured.curve]
+    return {**{name: value for name, value in found.items() if not name.startswith("memory")}, "curve": curve}
+
+
+@pytest.mark.parametrize("method", ["organ", "lora", "full"])
+@pytest.mark.parametrize("isolated", [False, True])
+def test_an_interrupted_run_goes_on(
+    method: str, isolated: bool, donor: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if isolated and method == "full":
+        pytest.skip("the others show that processes of their own do it too")
+    (tmp_path / "runs").mkdir()
+    job = _job(donor, text, method, tmp_path)
+
+    def run(name: str) -> Measured:
+        return measuring.measure_once(job, {"name": name}, tmp_path, name, isolated=isolated)
+
+    whole = run("whole")
+    info = measuring.log.info
+
+    def stop(message: str, *rest: Any) -> None:
+        info(message, *rest)
+        if any("step 3/" in str(part) for part in rest):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(measuring.log, "info", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped")
+    (left,) = (tmp_path / "runs").glob("*.resume")
+    assert left.stat().st_mode & 0o077 == 0 and b"nodule" not in left.read_bytes()
+    monkeypatch.undo()
+    seen = list[str]()
+    monkeypatch.setattr(measuring.log, "info", lambda message, *rest: seen.append(message % rest))
+    again = run("stopped")
+    first = next(line for line in seen if "step " in line)
+    # A process of its own may have taken some steps more before it heard of it.
+    assert "step 1/" not in first and "step 2/" not in first and "step 3/" not in first
+    assert _came_to(again) == _came_to(whole)
+    assert 0 < again.memory_beyond_model <= again.memory_with_model
+    seconds = [point.seconds for point in again.curve]
+    assert seconds == sorted(seconds) and seconds[-1] <= again.seconds < again.seconds_with_evaluations
+    assert len(list((tmp_path / "runs").iterdir())) == 2  # the results
+
+
+def test_a_run_whose_comparison_is_killed_keeps_its_state(donor: Path, text: Path, tmp_path: Path) -> None:
+    job = _job(donor, text, "organ", tmp_path).model_copy(update={"resume": str(tmp_path / "state"), "key": "k"})
+    job.options["steps"] = 10**6
+    process = subprocess.Popen(measuring._command(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(job.model_dump_json())
+    process.stdin.close()
+    assert process.stdout.readline().startswith("step 1/")
+    process.stdout.close()
+    assert process.wait(timeout=240) == 130
+    assert (tmp_path / "state").is_file()
+
+
+def test_a_run_that_diverges_leaves_no_state(donor: Path, text: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    job = _job(donor, text, "full", tmp_path).model_copy(update={"resume": str(state), "key": "k"})
+
+    def stop(line: str) -> None:
+        if "step 2/" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measuring.measure(job, stop)
+    assert state.is_file()
+    with pytest.raises(NeurograftError, match="training diverged"):
+        measuring.measure(job.model_copy(update={"options": {**job.options, "lr": 0.9, "weight_decay": 1e38}}))
+    assert not state.is_file()
+
+
+def test_a_run_goes_on_though_its_state_can_not_be_kept(
+    donor: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any) -> None:
+        raise DiskError("the disk is full.")
+
+    monkeypatch.setattr(measuring, "_SAVED_EVERY", 0.0)
+    monkeypatch.setattr("neurograft.training.loop.save_state", full)
+    job = _job(donor, text, "organ", tmp_path)
+    job = job.model_copy(update={"resume": str(tmp_path / "state"), "options": {**job.options, "checkpoint_every": 0}})
+    assert measuring.measure(job).steps == 6
+    assert caplog.text.count("the run's state can't be kept (the disk is full.)") == 1
+
+
 def test_an_interrupted_command_ends_its_process_and_leaves_no_cache(donor: Path, text: Path, tmp_path: Path) -> None:
     words = ["compare", "--model", donor, "--data", text, "--tokens", 10**9, "--methods", "organ", "-o", tmp_path / "o"]
     process = subprocess.Popen(
@@ -430,7 +533,7 @@ def test_an_interrupted_command_ends_its_process_and_leaves_no_cache(donor: Path
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
-    assert "was not finished; the same command goes on after what was finished before it" in errors
+    assert "was not finished; the same command goes on from there" in errors
     assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["runs"]
 
 

@@ -61,7 +61,7 @@ def study_cross_domain(
     but the model's own layers from there. Every few steps the loss is measured on a sample of the text that trains and
     on text of the same domain that does not, `eval_tokens` of each; their difference is the gap.
 
-    Finished runs are kept in `output`; if the study is interrupted, the same call goes on after the last of them.
+    What was done is kept in `output`; if the study is interrupted, the same call goes on from there.
 
     Args:
         model: A Hub id, a transformers directory or a `.gguf` file.

@@ -74,7 +74,7 @@ def going_on(folder: Path) -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt as error:
-            raise KeyboardInterrupt("the study was not finished; the same command goes on after what was") from error
+            raise KeyboardInterrupt("the study was not finished; the same command goes on from there") from error
 
 
 def starting_from(directory: ModelDirectory) -> dict[str, Any]:

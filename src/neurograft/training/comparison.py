@@ -81,7 +81,7 @@ def compare(
     methods take turns, so that other work on the machine hits all of them. A run that fails, because it diverges or
     memory does not suffice, counts as tried, and is reported.
 
-    Finished runs are kept in `output`; if the comparison is interrupted, the same call goes on after the last of them.
+    What was done is kept in `output`; if the comparison is interrupted, the same call goes on from there.
 
     Args:
         model: A Hub id, a transformers directory or a `.gguf` file.
@@ -320,9 +320,7 @@ class _Desk:
         self._organs.cleanup()
         self._alone.close()
         if kind is KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"{self._doing} was not finished; the same command goes on after what was finished before it"
-            ) from error
+            raise KeyboardInterrupt(f"{self._doing} was not finished; the same command goes on from there") from error
 
     def run(
         self, method: Method | None, settings: Settings, changes: dict[str, Any], title: str, *, final: bool = True
@@ -372,7 +370,9 @@ class _Desk:
         identity = method.protocol == "insert"
         path = Path(self._organs.name) / f"{layers.start}-{layers.stop}-{identity}.safetensors"
         if not path.is_file():
-            organ = extract(self.directory.path, layers=layers, name="organ", trust_remote_code=self.trust)
+            organ = extract(
+                self.directory.path, layers=layers, name="organ", verify="bytes", trust_remote_code=self.trust
+            )
             (as_identity(organ) if identity else organ).save(path)
         return str(path)
 

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,7 @@ from neurograft.organ import now
 from neurograft.training.baselines import METHODS, prepare
 from neurograft.training.loop import Batches, Texts, TrainingProgress, TrainingRun
 from neurograft.training.options import parse_options
+from neurograft.training.run_state import forget_state, state_path
 from neurograft.training.search import Settings
 
 if TYPE_CHECKING:
@@ -40,6 +42,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("neurograft")
 Show = Callable[[str], None]
 _ANSWER = "neurograft-answer "
+_ENDING = (signal.SIGINT, signal.SIGTERM)
+# Seconds, at least, between two saves of a run's state: that of all parameters is four times the model.
+_SAVED_EVERY = 600.0
 
 
 class _Part(BaseModel):
@@ -65,6 +70,10 @@ class Job(_Part):
     watched_tokens: int = 0
     """Tokens of the training text whose loss is measured at each held-out evaluation too."""
     trust_remote_code: bool = False
+    resume: str | None = None
+    """Path of the file that the run's state is kept in, from which it goes on; `None` to keep none."""
+    key: str = ""
+    """Digest of all that the run depends on."""
 
 
 class Point(_Part):
@@ -88,7 +97,8 @@ class Measured(_Part):
     curve_counts: bool = True
     """Whether the curve's perplexities are those of the model that is put to use; not so for `standalone`."""
     seconds: float = 0.0
-    """Of training: caching of hidden states included, held-out evaluations and loading of the model not."""
+    """Of training: caching of hidden states and compiling included, each time that an interrupted run goes on;
+    held-out evaluations, saving and loading not."""
     seconds_with_evaluations: float = 0.0
     tokens_seen: int = 0
     steps: int = 0
@@ -110,28 +120,55 @@ class Measured(_Part):
 
 
 class _TimedRun(TrainingRun):
-    """Notes when each held-out evaluation began, on a clock that stands still while one runs.
+    """Notes when each held-out evaluation began, and the peak of memory.
+
+    The clock stands still while an evaluation runs or the state is saved; what saving takes is not in the peak, where
+    that can be reset.
 
     Args:
+        memory: The peak of memory.
         watched_tokens: Of the training text, whose loss is noted then too.
         *args: As for `TrainingRun`.
         **kwargs: As for `TrainingRun`.
     """
 
-    def __init__(self, *args: Any, watched_tokens: int = 0, **kwargs: Any) -> None:
-        self.started, self.evaluating, self.began = time.monotonic(), 0.0, dict[int, float]()
-        self.training_losses = dict[int, float]()
+    def __init__(self, *args: Any, memory: PeakMemory, watched_tokens: int = 0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.memory = memory
         self._watched = _some_rows(self.batches.training, watched_tokens)
 
     def held_out_loss(self) -> float:
-        started = time.monotonic()
-        self.began.setdefault(self.state.step, started - self.started - self.evaluating)
-        loss = super().held_out_loss()
-        if self._watched is not None:
-            self.training_losses[self.state.step] = _mean_loss(self.loss, self._watched, self.batches.batch_size)
-        self.evaluating += time.monotonic() - started
+        started, step, notes = self._seconds(), self.state.step, self.state.notes
+        notes.began.setdefault(step, started - notes.evaluating)
+        try:
+            loss = super().held_out_loss()
+            if self._watched is not None:
+                notes.training_losses[step] = _mean_loss(self.loss, self._watched, self.batches.batch_size)
+        finally:
+            notes.evaluating += self._seconds() - started
         return loss
+
+    def note_memory(self) -> None:
+        """Note the peak of memory, if it is higher than what was noted before."""
+        notes, peak = self.state.notes, self.memory.peak()
+        notes.memory_with_model = max(notes.memory_with_model, peak)
+        notes.memory_beyond_model = max(notes.memory_beyond_model, peak - self.memory.before)
+
+    def _save(self) -> None:
+        self.note_memory()
+        started = time.monotonic()
+        try:
+            super()._save()
+        except DiskError as error:
+            log.warning("the run's state can't be kept (%s); if it is interrupted, it begins anew", error)
+            self.resume = None
+        self.memory.restart()
+        self._started += time.monotonic() - started
+
+    def _restore(self) -> None:
+        super()._restore()
+        if self.state.step:
+            self.memory.restart()  # what came before the first step was noted the first time
 
 
 def _some_rows(packed: PackedTokens, tokens: int) -> PackedTokens | None:
@@ -162,6 +199,7 @@ def measure(job: Job, show: Show | None = None) -> Measured:
     method = METHODS[job.method]
     own, searched = method.parse(job.settings)
     options = parse_options(**{**job.options, **searched})
+    options = options.model_copy(update={"checkpoint_every": max(options.checkpoint_every, _SAVED_EVERY)})
     batches = Batches.build(Texts(job.training, job.validation), tokenizer, options)
     dtype: Any = load_config(directory, trust_remote_code=job.trust_remote_code).dtype
     memory = PeakMemory(model)
@@ -175,10 +213,20 @@ def measure(job: Job, show: Show | None = None) -> Measured:
         seed=options.seed,
     )
     trainee = prepared.trainee
-    run = _TimedRun(model, trainee, batches, options, progress=_shower(show), watched_tokens=job.watched_tokens)
-    run.train()
-    elapsed = time.monotonic() - run.started
-    peak = memory.peak()
+    run = _TimedRun(
+        model, trainee, batches, options, progress=_shower(show), memory=memory, watched_tokens=job.watched_tokens,
+        resume=None if job.resume is None else Path(job.resume), key=job.key,
+    )  # fmt: skip
+    try:
+        run.train()
+    except DiskError:
+        raise
+    except NeurograftError:
+        if run.resume is not None:
+            forget_state(run.resume)  # going on would come to the same
+        raise
+    run.note_memory()
+    notes = run.state.notes
     prepared.deploy()
     with tempfile.TemporaryDirectory() as folder:
         shipped = prepared.ship(Path(folder))
@@ -187,20 +235,20 @@ def measure(job: Job, show: Show | None = None) -> Measured:
         curve=[
             Point(
                 step=step,
-                seconds=run.began[step],
+                seconds=notes.began[step],
                 perplexity=_perplexity(loss),
-                training=_perplexity(run.training_losses[step]) if step in run.training_losses else None,
+                training=_perplexity(notes.training_losses[step]) if step in notes.training_losses else None,
             )
             for step, loss in run.state.held_out
             if math.isfinite(loss)
         ],
         curve_counts=prepared.curve_counts,
-        seconds=elapsed - run.evaluating,
-        seconds_with_evaluations=elapsed,
+        seconds=run.state.seconds - notes.evaluating,
+        seconds_with_evaluations=run.state.seconds,
         tokens_seen=run.state.tokens_seen,
         steps=run.state.step,
-        memory_beyond_model=max(peak - memory.before, 0),
-        memory_with_model=peak,
+        memory_beyond_model=notes.memory_beyond_model,
+        memory_with_model=notes.memory_with_model,
         trainable_parameters=sum(parameter.numel() for parameter in trainee.parameters),
         trainable_bytes=sum(parameter.nbytes for parameter in trainee.parameters),
         shipped_bytes=shipped,
@@ -255,13 +303,16 @@ class PeakMemory:
         self.cuda = model.device.type == "cuda"
         for parameter in model.parameters():
             parameter.sum()  # weights may lie in mapped files, which are not resident until they are touched
+        self.restart()
+        self.before = self.peak()
+
+    def restart(self) -> None:
+        """Forget the peak so far, where it can be reset."""
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
             return
-        give_back_freed_memory()  # what loading has left would hide as much of what comes
+        give_back_freed_memory()  # what is left of what was freed would hide as much of what comes
         _reset_resident_peak()
-        self.before = self.peak()
 
     def peak(self) -> int:
         """Return the peak so far, in bytes."""
@@ -288,7 +339,7 @@ def _resident_peak() -> int:
 
 
 def measure_once(job: Job, what: dict[str, Any], folder: Path, title: str, *, isolated: bool) -> Measured:
-    """Run a job, or take what an earlier run of the same came to.
+    """Run a job, go on with it if it was interrupted, or take what an earlier run of the same came to.
 
     Args:
         job: What to do.
@@ -300,18 +351,21 @@ def measure_once(job: Job, what: dict[str, Any], folder: Path, title: str, *, is
     Raises:
         NeurograftError: It failed.
     """
-    kept = folder / "runs" / f"{digest_of(what)[:32]}.json"
+    key = digest_of(what)
+    kept = folder / "runs" / f"{key[:32]}.json"
     measured = _read_kept(kept)
     if measured is not None:
         log.info("%s: done before", title)
         return measured
     log.info("%s", title)
     measure = measure_apart if isolated else measure_here
+    job = job.model_copy(update={"resume": str(state_path(kept)), "key": key})
     with own_cache(folder) as cache:
         measured = measure(job, cache, lambda line: log.info("%s: %s", title, line))
     measured = measured.model_copy(update={"finished": now()})
     with atomic_file(kept, overwrite=True) as temporary:
         temporary.write_text(measured.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    forget_state(state_path(kept))
     return measured
 
 
@@ -417,9 +471,11 @@ def _explain_death(code: int, last: str) -> str:
 
 def main() -> None:
     """Read a job from standard input, run it, and answer on standard output."""
+    for number in _ENDING:
+        signal.signal(number, _interrupt)
     job = Job.model_validate_json(sys.stdin.read())
     try:
-        answer = measure(job, lambda line: print(line, flush=True)).model_dump_json()
+        answer = measure(job, _tell).model_dump_json()
     except NeurograftError as error:
         answer = json.dumps({"error": str(error), "disk": isinstance(error, DiskError)})
     except OSError as error:
@@ -429,6 +485,20 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     print(f"{_ANSWER}{answer}", flush=True)
+
+
+def _tell(line: str) -> None:
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:  # the comparison was killed; what was done is to be saved
+        raise KeyboardInterrupt from None
+
+
+def _interrupt(_number: int, _frame: Any) -> None:
+    """Take Ctrl-C and the end that the comparison asks for alike, and once: the second must not break off saving."""
+    for number in _ENDING:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -18,6 +18,23 @@ if TYPE_CHECKING:
 _METADATA_KEY = "neurograft-run"
 
 
+class Notes(BaseModel):
+    """What a run that is measured has noted so far; see `neurograft.training.measuring`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    evaluating: float = 0.0
+    """Seconds of the run that went into held-out evaluations."""
+    began: dict[int, float] = {}
+    """Seconds of training, evaluations left out, at which the evaluation at each step began."""
+    training_losses: dict[int, float] = {}
+    """Loss on the training text that is watched, nats per token, at the same steps."""
+    memory_beyond_model: int = 0
+    """Bytes: the peak, less what the process held once the model was loaded."""
+    memory_with_model: int = 0
+    """Bytes: the peak of the whole process."""
+
+
 class RunState(BaseModel):
     """Where a run stands, but for its tensors."""
 
@@ -45,6 +62,7 @@ class RunState(BaseModel):
     """Index of the best entry of `held_out`."""
     secret: str = ""
     """Of a private run, in hexadecimal: what its choice of documents and its noise come from."""
+    notes: Notes = Notes()
 
 
 def forget_state(path: Path) -> None:
