@@ -30,8 +30,8 @@ SHORT, LONG = 61_440, 491_520
 CASES: dict[str, tuple[str, int, int | None, str, int, int]] = {
     "clinical-60k": ("clinical", SHORT, None, "organ,lora", 3, 4),
     "dictionary-60k": ("dictionary", SHORT, None, "organ,lora", 3, 4),
-    "clinical-500k": ("clinical", LONG, 122_880, "organ,lora", 3, 1),
-    "dictionary-500k": ("dictionary", LONG, 122_880, "organ,lora", 3, 1),
+    "clinical-500k": ("clinical", LONG, 122_880, "organ,lora", 1, 1),
+    "dictionary-500k": ("dictionary", LONG, 122_880, "organ,lora", 1, 1),
     "clinical-60k, whole weights": ("clinical", SHORT, None, "organ,lora", 3, 4),
     "clinical-60k, all parameters": ("clinical", SHORT, None, "full", 3, 4),
     "clinical-60k, anchored": ("clinical", SHORT, None, "organ,lora", 3, 4),
