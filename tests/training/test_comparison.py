@@ -517,7 +517,13 @@ def test_a_run_goes_on_though_its_state_can_not_be_kept(
     job = _job(donor, text, "organ", tmp_path)
     job = job.model_copy(update={"resume": str(tmp_path / "state"), "options": {**job.options, "checkpoint_every": 0}})
     assert measuring.measure(job).steps == 6
-    assert caplog.text.count("the run's state can't be kept (the disk is full.)") == 1
+    assert caplog.text.count("the run's state is not kept any more: the disk is full.") == 1
+
+    def stop(line: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match=r"^training stopped after step 1 of 6$"):
+        measuring.measure(job, stop)
 
 
 def test_an_interrupted_command_ends_its_process_and_leaves_no_cache(donor: Path, text: Path, tmp_path: Path) -> None:

@@ -639,7 +639,8 @@ class TrainingRun:
         # With several processes, one alone can't gather the state.
         if self._consistent and self.state.step and (self.processes.count == 1 or self._agreed):
             self._save()
-        return f"{at}; the same command goes on from there" if self.resume.is_file() else at
+        kept = self.resume is not None and self.resume.is_file()
+        return f"{at}; the same command goes on from there" if kept else at
 
 
 def _processes(options: TrainingOptions, batches: Batches) -> Processes:

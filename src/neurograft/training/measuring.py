@@ -160,7 +160,7 @@ class _TimedRun(TrainingRun):
         try:
             super()._save()
         except DiskError as error:
-            log.warning("the run's state can't be kept (%s); if it is interrupted, it begins anew", error)
+            log.warning("the run's state is not kept any more: %s", error)
             self.resume = None
         self.memory.restart()
         self._started += time.monotonic() - started
