@@ -213,12 +213,12 @@ weights of every run; domain and general perplexities are of other documents. Th
 those, organs and LoRA alike are best after one or two passes, and learn by heart from then on. They have one seed, and
 their text is the beginning of the ontology and of the alphabet, narrower than what the test documents are taken from,
 so their domain perplexities are no figures of what 500k tokens of a domain bring; the script has since taken documents
-from all over, with three seeds, and awaits a machine that is quick enough. In the anchored cases what trains, in organ
-and LoRA alike, is pulled back a little to where it began (`--anchor`): nearly all of what is lost on general text
-otherwise is kept, for 1 % or 2 % of domain perplexity. Seconds compare within a case, not between cases: they were
-measured on different days and, from 2026-11-28, on another machine. Memory was measured before freed memory was kept in
-one piece, and without gradient checkpointing; what both save, of organs and LoRA, is
-[below](#what-a-training-step-keeps-in-memory).
+from all over. In the anchored cases what trains, in organ and LoRA alike, is pulled back a little to where it began
+(`--anchor`): nearly all of what is lost on general text otherwise is kept, for 1 % or 2 % of domain perplexity. Seconds
+compare within a case, not between cases: they were measured on different days and, from 2026-11-28, on another
+machine. Memory was measured before freed memory was kept in one piece, and without gradient checkpointing; with both,
+an organ of all layers takes [a quarter of what LoRA takes as peft runs it](#what-a-training-step-keeps-in-memory), and
+three fifths of LoRA with the same.
 """
 
 
@@ -470,10 +470,11 @@ def step_memory_section(result: dict[str, Any]) -> str:
     ]
     return (
         f"## What a training step keeps in memory\n\n{settings['batch_size']} x {settings['sequence_length']} tokens; "
-        "the second pair of steps, one run each; memory is the peak beyond the model since it was loaded. In the later "
-        "column of each pair, as in commands that train, the C library merges small blocks that are freed "
-        "(`GLIBC_TUNABLES`). The ratios are those of the later columns to LoRA's as peft runs it, the first row; an "
-        "organ and LoRA come to the same weights with gradient checkpointing and without.\n\n"
+        "the second pair of steps, one run each (from run to run, memory varies by some 50 MB and time by a tenth); "
+        "memory is the peak beyond the model since it was loaded. In the later column of each pair, as in "
+        "commands that train, the C library merges small blocks that are freed (`GLIBC_TUNABLES`). The ratios are "
+        "those of the later columns to LoRA's as peft runs it, the first row; an organ and LoRA come "
+        "to the same weights with gradient checkpointing and without.\n\n"
         + table(
             ["step of", "seconds, as it comes", "merging", "MB beyond model, as it comes", "merging",
              "seconds over LoRA's", "memory over LoRA's"],
