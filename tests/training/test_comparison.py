@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from neurograft.training import comparison_report, measuring
 from neurograft.training.baselines import METHODS
 from neurograft.training.comparison_results import Comparison, Run, Trial, _reached, summaries
 from neurograft.training.measuring import Job, Measured, Point
+from neurograft.training.run_state import state_path
 from neurograft.wording import counted
 
 EVERY = "organ,insert,standalone,lora,dora,full"
@@ -475,6 +477,54 @@ def test_an_interrupted_run_goes_on(
     seconds = [point.seconds for point in again.curve]
     assert seconds == sorted(seconds) and seconds[-1] <= again.seconds < again.seconds_with_evaluations
     assert len(list((tmp_path / "runs").iterdir())) == 2  # the results
+
+
+@pytest.mark.parametrize("damage", [lambda state: state[: len(state) // 2], lambda state: b"{}", lambda state: b""])
+def test_a_damaged_state_is_no_fault_of_a_method(
+    damage: Callable[[bytes], bytes], donor: Path, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "runs").mkdir()
+    job = _job(donor, text, "lora", tmp_path)
+    whole = measuring.measure_once(job, {}, tmp_path, "whole", isolated=False)
+    (result,) = (tmp_path / "runs").iterdir()
+    result.unlink()
+
+    def stop(line: str) -> None:
+        if "step 2/" in line:
+            raise KeyboardInterrupt
+
+    state = state_path(result)
+    key = measuring.digest_of({})
+    with pytest.raises(KeyboardInterrupt):
+        measuring.measure(job.model_copy(update={"resume": str(state), "key": key}), stop)
+    state.write_bytes(damage(state.read_bytes()))
+    again = measuring.measure_once(job, {}, tmp_path, "again", isolated=False)
+    assert "a run begins anew" in caplog.text and _came_to(again) == _came_to(whole)
+    assert list((tmp_path / "runs").iterdir()) == [result]
+
+
+def test_nothing_is_written_if_no_run_worked(
+    donor: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = measuring.measure
+
+    def failing(job: Job, show: Any = None) -> Measured:
+        if job.method is not None:
+            raise NeurograftError("it diverged")
+        return measure(job, show)
+
+    monkeypatch.setattr(measuring, "measure", failing)
+    with pytest.raises(NeurograftError, match="no run worked: it diverged"):
+        compare(donor, data=text, output=tmp_path / "out", methods="organ,lora", **SMALL)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["runs"]
+
+
+def test_settings_say_which_layers_an_organ_is_of(everything: tuple[Comparison, Path]) -> None:
+    report, output = everything
+    by_name = {method.method: method for method in report.methods}
+    for name in ("organ", "insert", "standalone"):
+        assert by_name[name].settings["layers"] == "4:6" and "position" not in by_name[name].settings
+    assert "layers 4:6" in (output / "results.md").read_text()
 
 
 def test_a_run_whose_comparison_is_killed_keeps_its_state(donor: Path, text: Path, tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def compare(
     directory = resolve(model, trust_remote_code=trust_remote_code)
     shared = fit_to_model(shared, load_config(directory, trust_remote_code=trust_remote_code), directory.name)
     batches = _check_amount(text, directory, shared, trust_remote_code)
-    _check_layers(chosen, tries, directory, trust_remote_code)
+    tries = _with_layers(chosen, tries, directory, trust_remote_code)
     a_step = shared.batch_size * shared.sequence_length
     budget = max(search_tokens or tokens // 4, a_step)
     trained_on, evaluated = _trained_on(text), _evaluated_tokens(text, directory, shared, trust_remote_code)
@@ -252,16 +252,25 @@ def _check_amount(text: _Text, directory: ModelDirectory, options: TrainingOptio
     return batches
 
 
-def _check_layers(
+def _with_layers(
     methods: list[Method], tries: dict[str, list[Settings]], directory: ModelDirectory, trust: bool
-) -> None:
-    """Refuse settings that ask for layers that the model does not have."""
+) -> dict[str, list[Settings]]:
+    """Say START:STOP in all settings of organs, in place of how many layers and how far up.
+
+    Raises:
+        UsageError: The model does not have the layers that some ask for.
+    """
     count = _layer_count(directory, trust)
-    for method in methods:
-        for settings in tries[method.name]:
-            own, _ = method.parse(settings)
-            if isinstance(own, OrganSettings):
-                own.range_in(count)
+    return {method.name: [_placed(method, settings, count) for settings in tries[method.name]] for method in methods}
+
+
+def _placed(method: Method, settings: Settings, layer_count: int) -> Settings:
+    own, _ = method.parse(settings)
+    if not isinstance(own, OrganSettings):
+        return settings
+    layers = own.range_in(layer_count)
+    rest = {name: value for name, value in settings.items() if name not in ("layers", "position")}
+    return {"layers": f"{layers.start}:{layers.stop}", **rest}
 
 
 def _layer_count(directory: ModelDirectory, trust: bool) -> int:
@@ -432,7 +441,11 @@ def _try(
 
 
 def _measure(desk: _Desk, methods: list[Method], trials: list[Trial], seeds: int) -> list[Run]:
-    """Run each method with its best settings and each seed, methods taking turns."""
+    """Run each method with its best settings and each seed, methods taking turns.
+
+    Raises:
+        NeurograftError: No run worked.
+    """
     best = {trial.method: trial.settings for trial in trials if trial.chosen}
     runs = []
     for seed in range(seeds):
@@ -440,6 +453,8 @@ def _measure(desk: _Desk, methods: list[Method], trials: list[Trial], seeds: int
             title = f"{method.name}, seed {seed}, run {seed + 1} of {seeds}"
             measured, error = _try(desk, method, best[method.name], {"seed": seed}, title, final=True)
             runs.append(Run(method=method.name, seed=seed, measured=measured, error=error))
+    if all(run.error is not None for run in runs):
+        raise NeurograftError(f"no run worked: {runs[0].error}")
     return runs
 
 

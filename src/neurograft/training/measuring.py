@@ -33,7 +33,7 @@ from neurograft.organ import now
 from neurograft.training.baselines import METHODS, prepare
 from neurograft.training.loop import Batches, Texts, TrainingProgress, TrainingRun
 from neurograft.training.options import parse_options
-from neurograft.training.run_state import forget_state, state_path
+from neurograft.training.run_state import forget_state, forget_unreadable, state_path
 from neurograft.training.search import Settings
 
 if TYPE_CHECKING:
@@ -360,6 +360,7 @@ def measure_once(job: Job, what: dict[str, Any], folder: Path, title: str, *, is
     log.info("%s", title)
     measure = measure_apart if isolated else measure_here
     job = job.model_copy(update={"resume": str(state_path(kept)), "key": key})
+    forget_unreadable(state_path(kept), key)
     with own_cache(folder) as cache:
         measured = measure(job, cache, lambda line: log.info("%s: %s", title, line))
     measured = measured.model_copy(update={"finished": now()})

@@ -145,7 +145,8 @@ class TrainingOptions(BaseModel):
             raise ValueError("a sampled vocabulary is that of the private text, which it would show; leave it full")
         if self.gradient_checkpointing:
             raise ValueError(
-                "a layer that computes twice shows a document's gradient twice; leave gradient checkpointing out"
+                "--dp-epsilon counts the gradient of each document, and with --gradient-checkpointing layers would "
+                "show it twice; leave one of the two out"
             )
         if self.compile == "always":
             raise ValueError("compiled layers show no gradients of single documents; leave --compile out")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -14,6 +17,8 @@ from neurograft.files import atomic_file, clear_left
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger("neurograft")
 
 _METADATA_KEY = "neurograft-run"
 
@@ -100,15 +105,37 @@ def load_state(path: Path, key: str) -> tuple[RunState, dict[str, torch.Tensor]]
     Raises:
         UsageError: The file is of another run, or can't be read.
     """
+    with _opened(path, key) as found:
+        if found is None:
+            return None
+        state, stream = found
+        return state, {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+
+
+def forget_unreadable(path: Path, key: str) -> None:
+    """Delete the state of a run, and say so, if no run can go on from it."""
+    try:
+        with _opened(path, key):
+            pass
+    except UsageError as error:
+        log.warning("a run begins anew: %s", str(error).partition(";")[0])
+        forget_state(path)
+
+
+@contextmanager
+def _opened(path: Path, key: str) -> Iterator[tuple[RunState, Any] | None]:
+    """Open the file of a run's state; its tensors are not read yet."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        return None
+        yield None
+        return
     try:
         with safe_open(path, framework="pt") as stream:
             state = RunState.model_validate(json.loads((stream.metadata() or {})[_METADATA_KEY]))
             if state.key == key:
-                return state, {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+                yield state, stream
+                return
     except (SafetensorError, ValidationError, KeyError, ValueError, OSError) as error:
         raise UsageError(f"{path} is not what an interrupted training run leaves; delete it to begin anew.") from error
     raise UsageError(

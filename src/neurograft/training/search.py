@@ -186,7 +186,7 @@ def read_spaces(path: Path) -> dict[str, Space]:
     try:
         raw = yaml.load(read_bounded(path, _LARGEST).decode(), Loader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        reason = " ".join(str(getattr(error, "strerror", None) or error).replace('in "<unicode string>", ', "").split())
         raise UsageError(f"the search file {path} can't be read: {reason}.") from error
     form = "write METHOD: {SETTING: [VALUE, ...]} or METHOD: {SETTING: {low: NUMBER, high: NUMBER}}"
     if not isinstance(raw, dict) or not all(isinstance(space, dict) for space in raw.values()):
