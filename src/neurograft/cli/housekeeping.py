@@ -15,7 +15,7 @@ from neurograft.cli.arguments import AsJson
 def cache(
     clear: Annotated[
         Literal["gguf", "prefix", "scan", "studies", "organs", "demo", "arithmetic", "all"] | None,
-        typer.Option("--clear", help="Delete this kind: gguf, prefix, scan, studies, organs, demo or all."),
+        typer.Option("--clear", help="Delete this kind."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
