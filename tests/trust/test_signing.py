@@ -361,6 +361,29 @@ def test_altered_signatures_end_in_one_sentence_or_do_not_matter(
         assert signed == json.loads(base64.b64decode(json.loads(content)["dsseEnvelope"]["payload"]))
 
 
+def test_certificates_of_a_version_that_there_is_not(
+    organ_file: Path, authority: Authority, signed_twice: tuple[list[Signer], list[str]]
+) -> None:
+    _, (_, bundle) = signed_twice
+
+    def damaged(certificate: bytes) -> str:
+        """As base64; X.509 counts versions from 0, and 3, which is 2, is the newest one."""
+        assert certificate.count(b"\xa0\x03\x02\x01\x02") == 1
+        return base64.b64encode(certificate.replace(b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x01")).decode()
+
+    (first, *_) = re.findall(r'"rawBytes": ?"([^"]+)"', bundle)
+    signature_path(organ_file).write_text(bundle.replace(first, damaged(base64.b64decode(first))))
+    signer = Signer(certificate=authority.certificate, subject="radiology")
+    with pytest.raises(TrustError, match="a certificate in the signature can't be read: 1 is not a valid X509 version"):
+        check(organ_file, signer)
+    signature_path(organ_file).write_text(bundle)
+    lines = authority.certificate.read_text().strip().splitlines()
+    content = damaged(base64.b64decode("".join(lines[1:-1])))
+    authority.certificate.write_text("\n".join([lines[0], content, lines[-1]]) + "\n")
+    with pytest.raises(TrustError, match="holds no certificate in PEM, or one that is damaged"):
+        check(organ_file, signer)
+
+
 def test_an_organ_in_a_bank_is_not_signed_there(organ_file: Path, keys: Keys, tmp_path: Path) -> None:
     neurograft.push(organ_file, tmp_path / "bank")
     with pytest.raises(UsageError, match="pull it, sign the file, and push both"):

@@ -76,7 +76,7 @@ class Signature:
 
         try:
             return [x509.load_der_x509_certificate(content) for content in self.certificates]
-        except ValueError as error:
+        except (ValueError, x509.InvalidVersion) as error:
             raise TrustError(f"a certificate in the signature can't be read: {error}.") from error
 
 

@@ -300,7 +300,7 @@ def load_certificates(path: Path) -> list[Certificate]:
         return x509.load_pem_x509_certificates(read_bounded(path))
     except OSError as error:
         raise TrustError(f"the certificates {path} can't be read: {first_line(error)}.") from error
-    except ValueError as error:  # whose text is about files of Python's
+    except (ValueError, x509.InvalidVersion) as error:  # whose text is about files of Python's
         raise TrustError(f"{path} holds no certificate in PEM, or one that is damaged; give another file.") from error
 
 
