@@ -220,9 +220,9 @@ so their domain perplexities are no figures of what 500k tokens of a domain brin
 from all over. In the anchored cases what trains, in organ and LoRA alike, is pulled back a little to where it began
 (`--anchor`): nearly all of what is lost on general text otherwise is kept, for 1 % or 2 % of domain perplexity. Seconds
 compare within a case, not between cases: they were measured on different days and, from 2026-11-28, on another
-machine. Memory was measured before freed memory was kept in one piece, which made it differ by a third between texts,
-and without gradient checkpointing; with both, an organ of all layers takes [a quarter of what LoRA takes as peft runs
-it](#what-a-training-step-keeps-in-memory), and three fifths of LoRA with the same.
+machine. Memory was measured before freed memory was kept in one piece, and without gradient checkpointing; for the same
+settings it differs by a third between texts. With both, a step of an organ of all layers takes [a quarter of what LoRA
+takes as peft runs it](#what-a-training-step-keeps-in-memory), and three fifths of LoRA with the same.
 """
 
 
