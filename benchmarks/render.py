@@ -311,7 +311,7 @@ def _against(organ: dict[str, Any], lora: dict[str, Any], runs: int) -> list[str
     ]
 
 
-def _perplexity_verdict(organ: dict[str, float], lora: dict[str, float]) -> str:
+def _perplexity_verdict(organ: dict[str, Any], lora: dict[str, Any]) -> str:
     ratio, difference = organ["mean"] / lora["mean"], abs(organ["mean"] - lora["mean"])
     if organ["deviation"] is None:
         return f"{ratio:.3f}: {_yes(ratio <= 1)}, by one seed"
